@@ -129,7 +129,7 @@ def keys() -> tuple[Key, ...]:
         ),
         Key(
             "resources.NAME.children",
-            f"list of {_one_of(schema.CHILD_KINDS)}",
+            f"list of {_one_of(schema.CHILD_KINDS)} or other kernel subsystems",
             "all kinds",
             "kinds of device nodes besides the USB node, see [below](#device-nodes)",
         ),

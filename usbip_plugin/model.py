@@ -123,7 +123,7 @@ UNKNOWN_IDENTITY = Identity()
 class DeviceNode:
     """A device node of an attached device.
 
-    kind: "usb", or one of config.schema.CHILD_KINDS.
+    kind: "usb" for the node of the device itself, "printer", or the name of the node's kernel subsystem.
     interface: the bInterfaceNumber of the node's USB interface, None for the USB node of the device itself.
     partition: the number of a partition on its disk, 0 for any other node.
     by_id: the by-id path that udev's rules give the node, "" for none.
@@ -287,3 +287,11 @@ _BUSID = re.compile(r"[0-9A-Za-z][0-9A-Za-z.-]{0,30}", re.ASCII)
 def valid_busid(text: str) -> bool:
     """Returns whether a bus ID fits into its field on the wire and is safe as a file name."""
     return _BUSID.fullmatch(text) is not None
+
+
+_KIND = re.compile(r"[a-z0-9_-]{1,32}", re.ASCII)
+
+
+def valid_kind(text: str) -> bool:
+    """Returns whether the text can be the kind of a device node."""
+    return _KIND.fullmatch(text) is not None

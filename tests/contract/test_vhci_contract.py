@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.rigs.vhci_contract import VhciContract
+from tests.rigs.vhci_contract import NodesContract, VhciContract
 from tests.rigs.vhci_rigs import FakeSysfsRig, MemoryServer, RemoteRig, SimRig, SocketServer
 
 
-class TestSimulatedKernel(VhciContract):
+class TestSimulatedKernel(NodesContract, VhciContract):
     @pytest.fixture(params=["memory", "memory, slow", "sockets"])
     async def rig(self, request: pytest.FixtureRequest) -> AsyncIterator[SimRig]:
         server = SocketServer() if request.param == "sockets" else MemoryServer()
@@ -21,7 +21,7 @@ class TestSimulatedKernel(VhciContract):
         rig.close()
 
 
-class TestSimulatedKernelAsAProcess(VhciContract):
+class TestSimulatedKernelAsAProcess(NodesContract, VhciContract):
     @pytest.fixture(params=[0.0, 0.02], ids=["at once", "slow"])
     async def rig(self, request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[RemoteRig]:
         async with asyncio.TaskGroup() as group:
@@ -32,7 +32,7 @@ class TestSimulatedKernelAsAProcess(VhciContract):
             rig.close()
 
 
-class TestFakeSysfs(VhciContract):
+class TestFakeSysfs(NodesContract, VhciContract):
     @pytest.fixture
     async def rig(self, tmp_path: Path) -> AsyncIterator[FakeSysfsRig]:
         async with asyncio.TaskGroup() as group:

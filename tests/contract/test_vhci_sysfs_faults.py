@@ -358,19 +358,19 @@ class CountingReader:
 
     def __init__(self) -> None:
         self._changed = Broadcast()
-        self._reads = 0
+        self.reads = 0
 
     def read_nodes(self, device: Path, attributes: DeviceAttributes) -> DeviceNodes:
-        self._reads += 1
+        self.reads += 1
         self._changed.fire()
         return read_nodes(device, attributes)
 
     async def until_read_after(self, cause: Callable[[], None]) -> None:
         """Calls `cause` and waits for the next read."""
-        before = self._reads
+        before = self.reads
         cause()
         async with asyncio.timeout(LIMIT_S):
-            await self._changed.until(lambda: self._reads > before)
+            await self._changed.until(lambda: self.reads > before)
 
 
 class TestChildren:
@@ -435,6 +435,25 @@ class TestChildren:
         assert await self.still_waits(task, rig)
         add_node(self.interface / "ttyUSB0/tty/ttyUSB0", "tty", "ttyUSB0", 188, 0)
         assert [node.kind for node in (await task).nodes] == ["usb", "sound", "tty"]
+
+    async def test_the_first_node_of_a_kind_that_no_class_tells_of_may_not_be_the_last(self, rig: FakeSysfsRig) -> None:
+        task = await self.begin(rig, ("dvb",), class_=0xFF)
+        for minor, name in enumerate(("demux0", "dvr0", "frontend0")):
+            assert await self.still_waits(task, rig)
+            add_node(self.interface / f"dvb/dvb0.{name}", "dvb", f"dvb/adapter0/{name}", 212, minor)
+            self.uevent(rig, "add", self.interface)
+        names = [node.path.rpartition("/")[2] for node in (await task).nodes[1:]]
+        assert names == ["demux0", "dvr0", "frontend0"]
+
+    async def test_nodes_that_are_there_when_the_drivers_have_probed_are_not_waited_for(
+        self, rig: FakeSysfsRig
+    ) -> None:
+        driver = rig.plugin()
+        port = await attach(rig, driver)
+        interface = add_interface(rig.sysfs.rows[port].device, 0, 0xFF)
+        add_node(interface / "dvb/dvb0.demux0", "dvb", "dvb/adapter0/demux0", 212, 0)
+        await enumerate_twin(driver, port, children=("dvb",))
+        assert self._reader.reads == 1
 
     async def test_children_that_do_not_come_in_time_are_no_error(self, rig: FakeSysfsRig) -> None:
         driver = rig.plugin()

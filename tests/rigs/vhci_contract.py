@@ -73,6 +73,34 @@ async def state(driver: VhciDriver, number: int) -> PortState:
     return next(port for port in await driver.ports() if port.number == number)
 
 
+class NodesRig(Rig, Protocol):
+    """A rig whose drivers make the nodes that a test wants."""
+
+    def drivers_make(self, *kinds: str) -> None:
+        """Makes each twin that is attached from now on have a node of each of these kinds."""
+        ...
+
+
+KINDS = ("dvb", "i2c-dev", "scsi_generic", "nobody_knows")
+
+
+class NodesContract:
+    """What every VhciDriver does with device nodes of any kernel subsystem. A subclass has a fixture `rig`."""
+
+    @pytest.mark.parametrize("children", [None, (), ("dvb",), KINDS])
+    async def test_an_attachment_has_the_nodes_of_every_subsystem(
+        self, rig: NodesRig, children: tuple[str, ...] | None
+    ) -> None:
+        rig.drivers_make(*KINDS)
+        driver, imported = rig.plugin(), await rig.import_twin(0)
+        port = await driver.attach(imported.key, imported.descriptor, imported.fileno())
+        imported.close()
+        found = await driver.enumerate(imported.key, imported.descriptor, port, children=children, timeout=LIMIT_S)
+        assert sorted(node.kind for node in found.nodes[1:]) == sorted(KINDS)
+        assert all(node.path.startswith(f"/dev/{node.kind}") and not node.block for node in found.nodes[1:])
+        assert await driver.inspect(imported.key, port) == found
+
+
 class VhciContract:
     """The contract. Subclasses provide the fixture `rig`."""
 

@@ -52,6 +52,7 @@ class FakeSysfs:
     stuck: set[int] = field(default_factory=set)
     linger: bool = False
     before_attach: Callable[[int], None] = lambda _port: None
+    child_kinds: dict[UsbId, tuple[str, ...]] = field(default_factory=dict)  # subsystems of the nodes that drivers make
     refuse: dict[str, list[int]] = field(default_factory=dict)
     heard: Callable[[Uevent | None], None] = lambda _event: None
     written: list[tuple[str, str]] = field(default_factory=list)
@@ -105,6 +106,7 @@ class FakeSysfs:
                     self.free(row.number)
                 case "authorized":
                     path.write_text(text + "\n")
+                    self._probe(path.parent)
                     self._uevent("bind", path.parent)
                 case _:
                     path.write_text(text + "\n")
@@ -119,6 +121,13 @@ class FakeSysfs:
         if devid not in self.stuck:
             self._enumerate(row)
         self._render()
+
+    def _probe(self, device: Path) -> None:
+        """Makes the nodes of the device's drivers, each in an interface of vendor class."""
+        row = next(row for row in self.rows if row.device == device)
+        for number, subsystem in enumerate(self.child_kinds.get(self.devices[row.devid].usb_id, ())):
+            interface = add_interface(device, number, 0xFF)
+            add_node(interface / subsystem / f"{subsystem}{number}", subsystem, f"{subsystem}{number}", 240, number)
 
     def take(self, port: int, *, status: int = 6, devid: int = 0xFFFF) -> None:
         """Occupies a port, like an attach by another process."""

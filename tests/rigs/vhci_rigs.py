@@ -137,6 +137,9 @@ class SimRig(BaseRig):
         assert isinstance(imported, Connection)
         imported.end()
 
+    def drivers_make(self, *kinds: str) -> None:
+        self.kernel.child_kinds[STICK] = kinds
+
     async def fill(self, hub: str) -> None:
         self.kernel.fill_ports("ss" if hub == "ss" else "hs")
 
@@ -228,6 +231,9 @@ class FakeSysfsRig(BaseRig):
         for row in self.sysfs.rows:
             if row.status == 6 and row.devid == imported.descriptor.devid:
                 self.sysfs.free(row.number)
+
+    def drivers_make(self, *kinds: str) -> None:
+        self.sysfs.child_kinds[STICK] = kinds
 
     async def fill(self, hub: str) -> None:
         for row in self.sysfs.rows:

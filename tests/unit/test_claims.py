@@ -320,6 +320,12 @@ def test_only_a_container_with_cdi_names_finds_the_new_nodes(
     assert after_reattach(attachment(USB), attachment(USB), on_loss, POD, by_cdi=by_cdi) is AfterReattach.GOES_ON
 
 
+def test_the_node_of_a_printer_counts_for_a_resource_that_names_usbmisc() -> None:
+    before, after = (attachment(replace(USB, minor=n), replace(TTY, kind="printer")) for n in range(2))
+    verdict = after_reattach(before, after, OnLoss.EVICT, POD, children=("usbmisc",))
+    assert verdict is AfterReattach.CHILDREN_GO_ON
+
+
 @pytest.mark.parametrize(
     ("children", "after", "verdict"),
     [

@@ -64,21 +64,23 @@ def place(resource: ResourceConfig, index: int, attachment: Attachment) -> tuple
     """Returns the USB node and the children that the resource wants, with their paths by containerPath and byId.
 
     A containerPath template gives paths to the nodes that names() selects for it. Names.MAIN selects the first child by
-    the order of `children`, and the partitions of a disk, or the USB node of a device without children. A node that no
-    template selects keeps its path on the host.
+    the order of `children`, and the partitions of a disk, or the USB node of a device without children. Without
+    `children`, Names.MAIN and Names.CHILDREN select among CHILD_KINDS only. A node that no template selects keeps its
+    path on the host.
 
     index: which of a container's devices it is.
     """
     usb, children = attachment.nodes[:1], attachment.nodes[1:]
     wanted = tuple(node for node in children if wants(resource.children, node))
-    main = min(wanted, key=lambda node: _rank(resource.children, node), default=usb[0])
+    order = CHILD_KINDS if resource.children is None else resource.children
+    main = next((node for kind in order for node in wanted if wants((kind,), node)), usb[0])
     placed: list[Placed] = []
     linked: set[str] = set()
     numbers: Counter[str] = Counter()
     for node in (*usb, *wanted):
         fields = _fields(resource.name, index, attachment, node, numbers[node.kind])
         numbers[node.kind] += 1
-        found = (_path(template, fields, node, main) for template in resource.container_paths)
+        found = (_path(template, fields, node, main, order) for template in resource.container_paths)
         paths = [path for path in dict.fromkeys(found) if path is not None] or [node.path]
         if resource.by_id and node.by_id and node.by_id not in linked:  # udev, too, gives each name to one node only
             linked.add(node.by_id)
@@ -87,18 +89,15 @@ def place(resource: ResourceConfig, index: int, attachment: Attachment) -> tuple
     return tuple(placed)
 
 
-def _rank(kinds: tuple[str, ...] | None, node: DeviceNode) -> int:
-    order = CHILD_KINDS if kinds is None else kinds
-    return order.index(node.kind) if node.kind in order else len(order)
-
-
-def _path(template: str, fields: dict[str, str], node: DeviceNode, main: DeviceNode) -> str | None:
+def _path(
+    template: str, fields: dict[str, str], node: DeviceNode, main: DeviceNode, kinds: tuple[str, ...]
+) -> str | None:
     """Returns the path that the template gives the node, or None if the template does not select the node."""
     match names(template):
         case Names.EVERY:
             named = True
         case Names.CHILDREN:
-            named = node.kind != "usb"
+            named = wants(kinds, node)
         case Names.MAIN:
             named = node == main
             if node.partition and main.block and node.path.startswith(main.path):
@@ -131,7 +130,14 @@ def environment(resource: str, index: int, attachment: Attachment, placed: Seque
     first node of a kind is _TTY, _HIDRAW and so on, the others are _TTY_1, _TTY_2. Paths are those in the container.
     """
     prefix = f"USBIP_{_NOT_ENV.sub('_', resource.upper())}_{index}_"
-    env = {
+    env: dict[str, str] = {}
+    numbers: Counter[str] = Counter()
+    for one in placed[1:]:
+        name = _ENV_OF_KIND.get(one.node.kind) or _NOT_ENV.sub("_", one.node.kind.upper())
+        number = numbers[name]
+        numbers[name] += 1
+        env[prefix + name + (f"_{number}" if number else "")] = one.paths[0]
+    env |= {
         prefix + "DEVICE": placed[0].paths[0],
         prefix + "BUSID": attachment.key.busid,
         prefix + "VENDOR": f"{attachment.usb_id.vendor:04x}",
@@ -139,12 +145,6 @@ def environment(resource: str, index: int, attachment: Attachment, placed: Seque
     }
     if attachment.serial:
         env[prefix + "SERIAL"] = attachment.serial
-    numbers: Counter[str] = Counter()
-    for one in placed[1:]:
-        name = _ENV_OF_KIND.get(one.node.kind, one.node.kind.upper())
-        number = numbers[name]
-        numbers[name] += 1
-        env[prefix + name + (f"_{number}" if number else "")] = one.paths[0]
     return env
 
 

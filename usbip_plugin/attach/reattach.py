@@ -43,6 +43,7 @@ from usbip_plugin.observe.spans import Tries, device_attributes, failed, pod_att
 from usbip_plugin.observe.tracing import remote_parent
 from usbip_plugin.sync import done_within
 from usbip_plugin.usbip.poller import ServerPoller, ServerView
+from usbip_plugin.vhci.children import wants
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ def after_reattach(
     if before is not None and before.nodes == after.nodes:
         return AfterReattach.GOES_ON
     if before is not None and children:
-        had, has = (tuple(node for node in one.nodes if node.kind in children) for one in (before, after))
+        had, has = (tuple(node for node in one.nodes[1:] if wants(children, node)) for one in (before, after))
         if had and had == has:
             return AfterReattach.CHILDREN_GO_ON
     if on_loss is OnLoss.EVICT and pod is not None and pod.uid is not None:

@@ -9,8 +9,10 @@ from usbip_plugin.config import scalars, schema
 from usbip_plugin.config.document import Fields, Node, Problems, Unknown, read_document, read_fields, shown
 from usbip_plugin.config.selectors import read_device, report_overlaps
 from usbip_plugin.errors import ConfigError
+from usbip_plugin.model import valid_kind
 
 MAX_TEMPLATES = 8  # path templates of one resource
+MAX_KINDS = 32  # kinds of device nodes in `children` of one resource; a webcam with a microphone has 4
 MAX_ID = (1 << 32) - 2  # highest user and group id; 32 bits of ones mean "no id" (-1) to the kernel
 MAX_DEVICES = 1024
 """Device entries over all resources; an entry with several bus IDs counts once for each.
@@ -36,6 +38,16 @@ LOCK_KEYS = ("duration",)
 
 _MODE = re.compile(r"0o?([0-7]{1,4})")
 _KINDS = ", ".join(schema.CHILD_KINDS)
+_MISNAMED = {
+    name: name
+    for name in (
+        *schema.CHILD_KINDS,
+        *("scsi_generic", "scsi_tape", "scsi_changer", "bsg", "dvb", "media", "lirc", "cec", "drm", "graphics", "gpio"),
+        *("i2c-dev", "iio", "nvme", "nvme-generic", "ptp", "rtc", "watchdog", "wwan"),
+    )
+} | {"sg": "scsi_generic", "video": "video4linux", "disk": "block", "serial": "tty", "audio": "sound", "i2c": "i2c-dev"}
+"""Names that people write for well-known kinds, with the right ones."""
+_CLOSE = 0.6  # least similarity of two kinds (0 to 1, by difflib) at which one may be a misspelling of the other
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,17 +192,37 @@ def _devices(node: Node, problems: Problems) -> list[tuple[schema.DeviceSelector
 def _children(node: Node, problems: Problems) -> tuple[str, ...] | None:
     """Reads the kinds of device nodes, each once and in the file's order."""
     if not node.is_sequence:
-        problems.error(node, f"expected a list of kinds ({_KINDS}), got {node.describe()}")
+        problems.error(node, f"expected a list of kinds ({_KINDS} and others), got {node.describe()}")
         return None
     kinds: dict[str, None] = {}
     for item in node.items():
-        if item.scalar == "net":
+        if len(kinds) >= MAX_KINDS:
+            problems.error(node, f"expected at most {MAX_KINDS} kinds")
+            break
+        kind = item.scalar or ""
+        if kind == "net":
             problems.error(item, "a network interface is not a device node, so no container can get it; remove net")
-        elif item.scalar not in schema.CHILD_KINDS:
-            problems.error(item, f"unknown kind {item.describe()}; expected one of {_KINDS}")
+        elif kind == "usb":
+            problems.error(item, "a container gets the USB node in any case; remove usb")
+        elif not valid_kind(kind):
+            problems.error(
+                item, f"{item.describe()} is not a kernel subsystem; expected {_KINDS} or the name of another"
+            )
         else:
-            kinds[item.scalar] = None
+            kinds[kind] = None
+            if (meant := _meant(kind)) != kind:
+                problems.warn(item, f"{kind} is not a well-known kind of device nodes; did you mean {meant}?")
     return tuple(kinds)
+
+
+def _meant(kind: str) -> str:
+    """Returns the well-known kind that the author of this one probably meant, or the kind itself."""
+    if kind in _MISNAMED:
+        return _MISNAMED[kind]
+    import difflib  # noqa: PLC0415 - a file without mistakes needs none of it
+
+    close = difflib.get_close_matches(kind, _MISNAMED, n=1, cutoff=_CLOSE)
+    return _MISNAMED[close[0]] if close else kind
 
 
 def _children_timeout(node: Node, problems: Problems, allocate_timeout: float) -> float | None:

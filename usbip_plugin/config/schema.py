@@ -105,7 +105,10 @@ MAX_ALLOCATE_TIMEOUT_S = 120.0
 """Greatest Allocate timeout in seconds."""
 
 CHILD_KINDS = ("tty", "video4linux", "block", "printer", "hidraw", "input", "sound", "usbmisc")
-"""Kinds of device nodes besides the USB node, in order of rank. A device's main node is of its first kind here."""
+"""The usual kinds of device nodes besides the USB node, by rank. Every other kernel subsystem is a kind too.
+
+Without `children`, a device's main node is of its first kind here.
+"""
 DEFAULT_EXTRA_PERMISSIONS = "rwm"
 """Permissions of an extra device node that sets none: read, write, mknod."""
 DEFAULT_CHILDREN_TIMEOUT_S = 5.0
@@ -215,8 +218,8 @@ class ResourceConfig:
     name: without the domain.
     devices: the first entry that matches a device determines its extras.
     cdi: whether pods get the device nodes by CDI name.
-    children: the kinds of device nodes that a pod gets besides the USB node. A node of one of them must appear within
-    children_timeout seconds. None gives the pod all nodes of the device.
+    children: the kinds of device nodes that a pod gets besides the USB node: names of kernel subsystems, or "printer".
+    A node of one of them must appear within children_timeout seconds. None gives the pod all nodes of the device.
     container_paths: templates for the paths in the container (see `template_problem`); none for the path on the host.
     by_id: whether the nodes also appear under the names that udev gives them.
     permissions: mode and owner of the nodes. Needs cdi.

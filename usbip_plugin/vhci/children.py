@@ -73,16 +73,21 @@ def missing(asked: tuple[str, ...] | None, nodes: Collection[DeviceNode]) -> tup
 def complete(asked: tuple[str, ...] | None, expected: Collection[ExpectedNode], nodes: Collection[DeviceNode]) -> bool:
     """Returns whether all nodes to wait for are there: each expected one.
 
-    If kinds are requested, these are a node of at least one of them, and each expected node that can be of such a kind.
+    If kinds are requested, these are a node of at least one of them, and the relevant expected nodes.
     """
     if missing(asked, nodes):
         return False
     there = {(node.interface, node.kind) for node in nodes}
-    relevant = (node for node in expected if asked is None or not node.kinds.isdisjoint(asked))
-    return all(any((node.interface, kind) in there for kind in node.kinds) for node in relevant)
+    return all(any((node.interface, kind) in there for kind in node.kinds) for node in relevant(asked, expected))
+
+
+def relevant(asked: tuple[str, ...] | None, expected: Collection[ExpectedNode]) -> tuple[ExpectedNode, ...]:
+    """Returns the expected nodes that can be of a requested kind."""
+    return tuple(node for node in expected if asked is None or not node.kinds.isdisjoint(asked))
 
 
 CHILD_RECHECK_S = 0.25  # seconds between checks for child nodes; needed only where uevents are unavailable
+QUIET_S = 0.2  # seconds without a new node after which a driver that was late has made all; most make them at once
 
 
 class Children:
@@ -117,14 +122,25 @@ class Children:
     ) -> DeviceNodes:
         """Returns the nodes of the device as soon as they are complete (see `complete`), or after limit seconds.
 
-        Waits also for the partitions of a disk, unless only kinds other than "block" are requested. Returns no nodes
-        once the device of these attributes is gone, even if another device has taken its place. Cancel-safe.
+        Waits also for the partitions of a disk, unless only kinds other than "block" are requested. Where no interface
+        class says which nodes of the requested kinds come, the first late one may not be the last: waits until none has
+        come for QUIET_S. Returns no nodes once the device of these attributes is gone, even if another device has taken
+        its place. Cancel-safe.
         """
+        before: tuple[DeviceNode, ...] | None = None
+        quiet_at = 0.0
 
         def check() -> DeviceNodes | None:
+            nonlocal before, quiet_at
             found = self._nodes(device, attributes)
-            done = complete(asked, expected_nodes(device), found.nodes) and (
-                (asked is not None and "block" not in asked) or self._disks_read(found.nodes)
+            expected = expected_nodes(device)
+            if found.nodes != before:
+                known = before is None or not asked or relevant(asked, expected)
+                before, quiet_at = found.nodes, 0.0 if known else self._clock.monotonic() + QUIET_S
+            done = (
+                complete(asked, expected, found.nodes)
+                and ((asked is not None and "block" not in asked) or self._disks_read(found.nodes))
+                and self._clock.monotonic() >= quiet_at
             )
             return found if done or not found.nodes else None
 

@@ -13,6 +13,7 @@ import re
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 from usbip_plugin.model import DeviceNode, UsbId
@@ -160,15 +161,15 @@ def bits(bitmap: str) -> frozenset[int]:
     return frozenset(i * _BITS + bit for i, word in enumerate(words) for bit in range(_BITS) if word >> bit & 1)
 
 
-CHILD_KINDS = frozenset({"tty", "hidraw", "input", "video4linux", "sound", "block", "usbmisc"})
-"""Kernel subsystems whose device nodes are child nodes. A printer's usbmisc node gets the kind "printer"."""
-
 MAX_NODES = 64  # child nodes and network interfaces of one device; a webcam has about 10, a partitioned disk about 16
+MAX_DIRECTORIES = 4096  # directories searched below a device; a disk has about 60
 MAX_DEPTH = 12  # directory levels searched below a device; a disk's partition is 7 levels deep
 _MAX_MAJOR, _MAX_MINOR = 1 << 12, 1 << 20  # exclusive bounds of a dev_t: MINORBITS of the kernel is 20
 # directories that cannot contain a device node, skipped because the search runs often
 _NO_DEVICES = frozenset({"power", "statistics", "queue", "queues", "mq", "capabilities", "id", "integrity", "trace"})
 _NET_NAME = re.compile(r"[^\s/:]{1,15}")
+_NOT_KIND = re.compile("[^a-z0-9_-]")
+_MAX_KIND = 32  # characters of a kind, as in model.valid_kind
 _DIGITS = re.compile(r"([0-9]+)")
 _SCSI_DEVICE = re.compile(r"[0-9]+:[0-9]+:([0-9]+):([0-9]+)")
 
@@ -187,6 +188,9 @@ class DeviceNodes:
 def read_nodes(device: Path, attributes: DeviceAttributes) -> DeviceNodes:
     """Returns the nodes and network interfaces that the device has now, without those of USB devices behind it.
 
+    A node is a child whatever its kernel subsystem is. Its kind is the name of that subsystem; a printer's node, which
+    is one of usbmisc, has the kind "printer".
+
     device: its directory in sysfs. attributes: the attributes from which its by-id names are built.
     """
     own = _node(device, "usb")
@@ -194,11 +198,11 @@ def read_nodes(device: Path, attributes: DeviceAttributes) -> DeviceNodes:
         return DeviceNodes()
     children: set[DeviceNode] = set()
     net: set[str] = set()
-    for path, files in _below(device):
+    for path, files in islice(_below(device), MAX_DIRECTORIES):
         if len(children) + len(net) >= MAX_NODES:
             break
-        if "dev" in files and (subsystem := _subsystem(path)) in CHILD_KINDS:
-            child = _node(path, subsystem)
+        if "dev" in files and (subsystem := _subsystem(path)) not in ("", "usb"):
+            child = _node(path, _NOT_KIND.sub("-", subsystem.lower())[:_MAX_KIND])
             if child is not None:
                 children.add(_described(child, path, device, attributes))
         elif path.parent.name == "net" and _NET_NAME.fullmatch(path.name) and _subsystem(path) == "net":

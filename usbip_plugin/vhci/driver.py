@@ -86,7 +86,7 @@ class VhciDriver(Protocol):
         children: the kinds of child nodes to wait for.
             None: waits up to CHILD_WAIT_S for the nodes that the interface classes lead to expect.
             Kinds: waits up to children_timeout seconds for a node of at least one of them, and of each interface that
-            is expected to bring one.
+            is expected to bring one. If no interface is, waits until no more nodes come.
             Empty: does not wait.
         children_timeout: seconds. Missing child nodes are not an error. Partitions are awaited with their disk.
         serial: the serial number that the device must have; None accepts any device, also one without a number.

@@ -19,12 +19,16 @@ CHILDREN = {  # name: (kind, path with the index in it, major, block device)
     "printer": ("printer", "/dev/usb/lp{}", 180, False),
     "usbmisc": ("usbmisc", "/dev/usb/hiddev{}", 180, False),
 }
+_DYNAMIC_MAJOR = 234  # CHRDEV_MAJOR_DYN_END of the kernel
 _MAX = 256
 
 
 def every(name: str) -> Iterator[DeviceNode]:
-    """Yields the possible nodes of this name in CHILDREN, by index."""
-    kind, path, major, block = CHILDREN[name]
+    """Yields the possible nodes of this name in CHILDREN, by index. Any other name is a subsystem of character devices.
+
+    The kernel numbers such subsystems as drivers ask for them, in a range that begins at 234.
+    """
+    kind, path, major, block = CHILDREN.get(name) or (name, f"/dev/{name}{{}}", _DYNAMIC_MAJOR, False)
     for index in range(_MAX):
         suffix = chr(ord("a") + index) if block else str(index)
         yield DeviceNode(path.format(suffix), kind, block, major, index * 16 if block else index, interface=0)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from usbip_plugin.config.schema import CHILD_KINDS
+from usbip_plugin.config.parse import MAX_KINDS
 from usbip_plugin.errors import (
     AttachRefused,
     AttachStuck,
@@ -20,7 +20,7 @@ from usbip_plugin.errors import (
     VhciError,
     WrongDevice,
 )
-from usbip_plugin.model import Attachment, Descriptor, DeviceKey, UsbId
+from usbip_plugin.model import Attachment, Descriptor, DeviceKey, UsbId, valid_kind
 from usbip_plugin.vhci.driver import PortState
 
 VERSION = 5
@@ -83,8 +83,8 @@ class Enumerate(Call):
     timeout: Seconds
 
     def __post_init__(self) -> None:
-        if not set(self.children) <= set(CHILD_KINDS):
-            raise ValueError(f"children must be of {', '.join(CHILD_KINDS)}")
+        if len(self.children) > MAX_KINDS or not all(map(valid_kind, self.children)):
+            raise ValueError(f"children must be at most {MAX_KINDS} names of kernel subsystems")
 
 
 class Inspect(Call):

@@ -98,6 +98,25 @@ class TestPaths:
         found = paths(meter(by_id=True), TTYS[0], replace(TTYS[1], by_id=BY_ID))
         assert [BY_ID in names for names in found.values()] == [False, True, False]
 
+    def test_a_node_of_another_kind_takes_no_path_from_the_usual_kinds(self) -> None:
+        webcam = (node("/dev/media0", "media"), node("/dev/video0", "video4linux"))
+        assert paths(meter("/dev/cam{number}"), *webcam) == {
+            USB.path: (USB.path,),
+            "/dev/media0": ("/dev/media0",),
+            "/dev/video0": ("/dev/cam0",),
+        }
+        assert paths(meter("/dev/cam/{kind}{number}"), *webcam)["/dev/media0"] == ("/dev/cam/media0",)
+        both = meter("/dev/cam{number}", children=("media", "video4linux"))
+        with pytest.raises(PathTaken):
+            check_paths(both, [attachment(*webcam)])
+
+    def test_a_node_of_another_kind_is_the_main_node_only_if_children_names_it(self) -> None:
+        writer = (node("/dev/bsg/6:0:0:0", "bsg"), node("/dev/sg2", "scsi_generic"), node("/dev/sr0", "block"))
+        assert paths(meter("/dev/burner"), *writer)["/dev/sr0"] == ("/dev/burner",)
+        assert paths(meter("/dev/burner"), *writer[:2])[USB.path] == ("/dev/burner",)
+        of_sg = paths(meter("/dev/burner", children=("scsi_generic", "block")), *writer)
+        assert of_sg == {USB.path: (USB.path,), "/dev/sg2": ("/dev/burner",), "/dev/sr0": ("/dev/sr0",)}
+
     def test_only_children_of_the_configured_kinds_are_included(self) -> None:
         assert paths(meter(children=("video4linux",)), *WEBCAM).keys() == {USB.path, "/dev/video0", "/dev/video1"}
         printer = node("/dev/usb/lp0", "printer")
@@ -178,6 +197,18 @@ class TestEnvironment:
             "INPUT": "/dev/input/event1",
             "PRINTER": "/dev/usb/lp0",
         }
+
+    def test_a_node_of_another_kind_is_known_by_its_subsystem(self) -> None:
+        others = [
+            ("/dev/sg2", "scsi_generic"),
+            ("/dev/i2c-7", "i2c-dev"),
+            ("/dev/i2c-8", "i2c_dev"),
+            ("/dev/s", "serial"),
+        ]
+        env = self.env(meter(), *(node(path, kind) for path, kind in others))
+        assert (env["USBIP_METER_1_SCSI_GENERIC"], env["USBIP_METER_1_I2C_DEV"]) == ("/dev/sg2", "/dev/i2c-7")
+        assert env["USBIP_METER_1_I2C_DEV_1"] == "/dev/i2c-8"
+        assert env["USBIP_METER_1_SERIAL"] == "A1", "the variables of the device itself stay"
 
     def test_variables_have_the_paths_in_the_container(self) -> None:
         env = self.env(meter("/dev/m{index}", children=("tty",)), *TTYS[:1], *KEYBOARD)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from usbip_plugin.config.parse import parse_config
 from usbip_plugin.config.schema import (
+    CHILD_KINDS,
     FIELDS,
     MAX_VALUE,
     Names,
@@ -32,7 +33,12 @@ def resource(keys: str) -> ResourceConfig:
     ("keys", "place", "cure"),
     [
         ("children: [tty, net]", "children[1]", "a network interface is not a device node"),
-        ("children: [ttys]", "children[0]", "unknown kind 'ttys'; expected one of tty, video4linux, block, printer"),
+        ("children: [ttyACM0]", "children[0]", "'ttyACM0' is not a kernel subsystem; expected tty, video4linux, block"),
+        ("children: [a/b]", "children[0]", "'a/b' is not a kernel subsystem"),
+        (f"children: [{'x' * 33}]", "children[0]", "is not a kernel subsystem"),
+        (f"children: [{', '.join(f'x{n}' for n in range(33))}]", "children", "expected at most 32 kinds"),
+        ("children: [usb]", "children[0]", "a container gets the USB node in any case; remove usb"),
+        ("children: tty", "children", "expected a list of kinds (tty, video4linux, block"),
         ("children: [tty], childrenTimeout: 10s", "childrenTimeout", "shorter than allocateTimeout (10s)"),
         ("children: [tty], childrenTimeout: 2m", "childrenTimeout", "must be 0s to 60s"),
         ("containerPath: [/dev/a, /dev/a]", "containerPath[1]", "duplicate path; remove one"),
@@ -80,6 +86,30 @@ def test_one_path_is_a_list_of_one() -> None:
     assert resource("containerPath: /dev/a").container_paths == ("/dev/a",)
     assert resource("containerPath: [/dev/a, /dev/b]").container_paths == ("/dev/a", "/dev/b")
     assert resource("cdi: true").container_paths == ()
+
+
+@pytest.mark.parametrize(
+    "kind", [*CHILD_KINDS, "scsi_generic", "scsi_changer", "nvme-generic", "mtd", "infiniband", "x"]
+)
+def test_children_takes_the_name_of_any_subsystem(kind: str) -> None:
+    parsed = parse_config(TEXT % f"children: [{kind}]")
+    assert parsed.config.resources[0].children == (kind,)
+    assert not parsed.warnings
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        *(("ttys", "tty"), ("hid", "hidraw"), ("video", "video4linux"), ("vidio4linux", "video4linux"), ("sg", None)),
+        *(("scsi-generic", None), ("disk", "block"), ("snd", "sound"), ("serial", "tty"), ("i2c", "i2c-dev")),
+    ],
+)
+def test_a_kind_that_looks_misspelled_is_taken_with_a_warning(written: str, meant: str | None) -> None:
+    parsed = parse_config(TEXT % f"children: [{written}]")
+    assert parsed.config.resources[0].children == (written,)
+    (warning,) = parsed.warnings
+    assert "resources.a.children[0]: " in warning
+    assert f"did you mean {meant or 'scsi_generic'}?" in warning
 
 
 def test_a_children_timeout_without_children_is_a_warning() -> None:

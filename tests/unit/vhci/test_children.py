@@ -62,6 +62,11 @@ def test_an_attach_waits_for_one_configured_kind_and_its_expected_nodes() -> Non
     assert complete((), DISK_AND_HID, (USB,))
 
 
+def test_a_kind_that_no_class_leads_to_expect_is_waited_for_by_its_name() -> None:
+    assert not complete(("dvb", "sg"), DISK_AND_HID, (USB, node("block", 0)))
+    assert complete(("dvb", "sg"), DISK_AND_HID, (USB, node("dvb", 0)))
+
+
 def test_all_configured_kinds_are_missing_if_none_is_present() -> None:
     assert missing(None, (USB,)) == missing((), (USB,)) == ()
     assert missing(("tty", "block"), (USB, node("tty"))) == ()

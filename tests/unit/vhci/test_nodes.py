@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.rigs.vhci_fake_sysfs import add_interface, add_node
-from usbip_plugin.model import DeviceNode, UsbId
+from usbip_plugin.model import DeviceNode, UsbId, valid_kind
 from usbip_plugin.vhci.devices import MAX_NODES, MAX_STRING, read_attributes, read_nodes
 
 ID = UsbId(0x0403, 0x6001)
@@ -59,6 +59,7 @@ class TestNodes:
         add_node(add_interface(device, 2, 255) / "ttyUSB0/tty/ttyUSB0", "tty", "ttyUSB0", 188, 0)
         assert [(n.path, n.kind, n.block, n.major, n.minor, n.interface, n.partition) for n in nodes_of(device)] == [
             ("/dev/bus/usb/004/002", "usb", False, 189, 385, None, 0),
+            ("/dev/bsg/0:0:0:0", "bsg", False, 246, 0, 0, 0),
             ("/dev/hidraw0", "hidraw", False, 244, 0, 1, 0),
             ("/dev/input/event1", "input", False, 13, 65, 1, 0),
             ("/dev/sda", "block", True, 8, 0, 0, 0),
@@ -75,6 +76,52 @@ class TestNodes:
             ("/dev/cdc-wdm0", "usbmisc"),
             ("/dev/usb/lp0", "printer"),
         ]
+
+    @pytest.mark.parametrize(
+        ("place", "subsystem", "devnames"),
+        [
+            ("host6/target6:0:0/6:0:0:0/scsi_generic/sg2", "scsi_generic", ["sg2"]),
+            ("host6/target6:0:0/6:0:0:0/scsi_tape/{}", "scsi_tape", ["nst0", "st0"]),
+            ("dvb/{}", "dvb", ["dvb/adapter0/demux0", "dvb/adapter0/dvr0", "dvb/adapter0/frontend0"]),
+            ("rc/rc0/lirc0", "lirc", ["lirc0"]),
+            ("i2c-7/i2c-dev/i2c-7", "i2c-dev", ["i2c-7"]),
+            ("gpiochip1", "gpio", ["gpiochip1"]),
+            ("drm/{}", "drm", ["dri/card1", "dri/renderD128"]),
+            ("0003:1:2.3/HID-SENSOR-200073.1.auto/iio:device0", "iio", ["iio:device0"]),
+            ("nvme/nvme1/ng1n1", "nvme-generic", ["ng1n1"]),
+            ("nobody/thought0", "nobody_thought-of_it", ["nobody/thought0"]),
+        ],
+    )
+    def test_a_node_of_any_subsystem_is_a_child_of_that_kind(
+        self, tmp_path: Path, place: str, subsystem: str, devnames: list[str]
+    ) -> None:
+        device = usb_device(tmp_path)
+        face = add_interface(device, 0, 255)
+        for number, devname in enumerate(devnames):
+            add_node(face / place.format(devname.replace("/", ".")), subsystem, devname, 240, number)
+        assert [(n.path, n.kind, n.minor, n.interface) for n in nodes_of(device)[1:]] == [
+            (f"/dev/{devname}", subsystem, number, 0) for number, devname in enumerate(devnames)
+        ]
+
+    def test_a_node_of_the_device_itself_belongs_to_no_interface(self, tmp_path: Path) -> None:
+        device = usb_device(tmp_path)
+        add_node(device / "media0", "media", "media0", 240, 0)
+        assert [(n.path, n.kind, n.interface) for n in nodes_of(device)[1:]] == [("/dev/media0", "media", None)]
+
+    def test_a_subsystem_whose_name_is_not_a_kind_is_written_as_one(self, tmp_path: Path) -> None:
+        device = usb_device(tmp_path)
+        add_node(device / "x", "Vendor's.Own" + "x" * 40, "own0", 240, 0)
+        (child,) = nodes_of(device)[1:]
+        assert child.kind == "vendor-s-own" + "x" * 20
+        assert valid_kind(child.kind)
+
+    def test_a_directory_without_a_subsystem_or_a_name_below_dev_is_no_node(self, tmp_path: Path) -> None:
+        device = usb_device(tmp_path)
+        write(device / "a", dev="240:0", uevent="MAJOR=240\nMINOR=0\nDEVNAME=a")
+        add_node(device / "b", "usb", "bus/usb/004/099", 189, 99)
+        write(device / "c", dev="240:1", uevent="MAJOR=240\nMINOR=1")
+        (device / "c/subsystem").symlink_to("../../../../../class/dvb")
+        assert nodes_of(device) == (USB_NODE,)
 
     def test_network_interfaces_are_listed_apart_from_nodes(self, tmp_path: Path) -> None:
         device = usb_device(tmp_path)
@@ -111,6 +158,13 @@ class TestNodes:
         for number in range(MAX_NODES + 20):
             add_node(device / f"i/{number}/x", "tty", f"tty{number}", 4, number)
         assert len(nodes_of(device)) <= MAX_NODES + 1
+
+    def test_the_number_of_directories_is_bounded(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("usbip_plugin.vhci.devices.MAX_DIRECTORIES", 5)
+        device = usb_device(tmp_path)
+        for number in range(10):
+            add_node(device / f"tty{number}", "tty", f"tty{number}", 4, number)
+        assert len(nodes_of(device)) == 1 + 5
 
     def test_a_device_that_is_gone_has_no_nodes(self, tmp_path: Path) -> None:
         assert nodes_of(tmp_path / "4-1") == ()
