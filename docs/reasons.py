@@ -49,7 +49,7 @@ ALLOCATES: Mapping[str, str] = {
     "driver_not_writable": "see [AppArmor and SELinux][objects]; `check` tests it",
     "no_port": "see [UsbipNoFreePort]",
     "attach_refused": "see `dmesg` of the node",
-    "attach_stuck": "see `dmesg` of node and server; power-cycle the device",
+    "attach_stuck": "see `dmesg` of node and server; power-cycle the device. If it is slow, raise `allocateTimeout`",
     "nodes_missing": "load its driver, or change `children` or `childrenTimeout`",
     "detach_failed": "see `dmesg` of the node; a process may hold the device open",
     "record_not_writable": "as the error says: disk full, read-only, not mounted",

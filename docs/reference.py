@@ -191,7 +191,7 @@ def keys() -> tuple[Key, ...]:
             "allocateTimeout",
             _duration(schema.MIN_ALLOCATE_TIMEOUT_S, schema.MAX_ALLOCATE_TIMEOUT_S),
             _default(Config, "allocate_timeout"),
-            "longest time of an Allocate, during which the node admits no other pod",
+            "longest time of an Allocate, during which the node admits no other pod. Raise it for slow devices",
         ),
         Key(
             "publishNodeStatus",

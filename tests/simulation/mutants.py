@@ -153,9 +153,11 @@ async def silence_is_a_yes(
 # beyond the lock
 
 
-async def any_serial_number_will_do(self: Pipeline, device_id: str, descriptor: Descriptor, port: int) -> Attachment:
+async def any_serial_number_will_do(
+    self: Pipeline, device_id: str, descriptor: Descriptor, port: int, timeout: float
+) -> Attachment:
     self._book.put(replace(self._book[device_id], serial=None))
-    return await enumerate_and_compare(self, device_id, descriptor, port)
+    return await enumerate_and_compare(self, device_id, descriptor, port, timeout)
 
 
 async def answered_at_once(*_arguments: object) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import pytest
 
@@ -21,12 +24,14 @@ from tests.simulation.cluster_rig import (
     two_sticks,
 )
 from usbip_plugin.attach.events import DeviceEvent, EventKind
+from usbip_plugin.attach.usage import ALLOCATION_GRACE
 from usbip_plugin.model import DeviceKey, Reason
 from usbip_plugin.vhci.sysfs import PortStatus
 from usbip_sim.kubelet.specs import resolve
 from usbip_sim.server.usbdevice import VirtualDevice
 from usbip_sim.virtual.cluster_node import ClusterNode
 from usbip_sim.virtual.steploop import stepped
+from usbip_sim.virtual.surroundings import ClusterSpec
 
 
 def texts(notices: list[DeviceEvent], what: EventKind) -> list[str]:
@@ -39,6 +44,73 @@ def all_free(node: ClusterNode) -> bool:
 
 async def nothing_left(c: Cluster, node: ClusterNode, *devices: DeviceKey) -> bool:
     return await c.settle(lambda: all_free(node) and all(c.holder(device) == "" for device in devices), 5)
+
+
+@contextlib.asynccontextmanager
+async def slow_stick(
+    enumeration_s: float, allocate_timeout: float
+) -> AsyncIterator[tuple[Cluster, ClusterNode, DeviceKey]]:
+    """Runs one node with a stick that needs this time to enumerate."""
+
+    def patient(made: ClusterSpec) -> ClusterSpec:
+        return replace(made, config=replace(made.config, allocate_timeout=allocate_timeout))
+
+    async with one_stick(nodes=1, change=patient) as (c, _lab, device):
+        node = c["node-a"]
+        node.kernel.enumeration_delay = enumeration_s
+        yield c, node, device
+
+
+@pytest.mark.parametrize(
+    ("enumeration_s", "allocate_timeout"), [(5.5, 10.0), (7.0, 60.0), (55.0, 60.0), (110.0, 120.0)]
+)
+@stepped
+async def test_a_device_may_enumerate_for_as_long_as_allocate_timeout_allows(
+    enumeration_s: float, allocate_timeout: float
+) -> None:
+    async with slow_stick(enumeration_s, allocate_timeout) as (_c, node, device):
+        assert await node.admit(pod("p"), "stick") is None
+        assert reason(node, device) is Reason.ATTACHED
+
+
+@pytest.mark.parametrize(("enumeration_s", "allocate_timeout"), [(7.0, 3.0), (12.0, 10.0), (200.0, 60.0)])
+@stepped
+async def test_the_error_of_a_device_that_enumerates_too_slowly_names_the_key(
+    enumeration_s: float, allocate_timeout: float
+) -> None:
+    async with slow_stick(enumeration_s, allocate_timeout) as (c, node, device):
+        began = asyncio.get_running_loop().time()
+        failure = str(await node.admit(pod("p"), "stick"))
+        assert "passed (allocateTimeout) while waiting for lab:3240/1-1 to enumerate" in failure
+        assert asyncio.get_running_loop().time() - began <= allocate_timeout
+        assert await nothing_left(c, node, device)
+
+
+@pytest.mark.parametrize("allocate_timeout", [10.0, 60.0])
+@stepped
+async def test_a_port_that_sticks_leaves_time_for_a_second_try(allocate_timeout: float) -> None:
+    async with slow_stick(1.3, allocate_timeout) as (_c, node, device):
+        node.kernel.stuck_next()
+        assert await node.admit(pod("p"), "stick") is None
+        assert reason(node, device) is Reason.ATTACHED
+
+
+@stepped
+async def test_a_lost_device_may_need_most_of_a_reattach_to_enumerate() -> None:
+    async with slow_stick(8.0, 60.0) as (c, node, device):
+        assert await node.admit(pod("p"), "stick") is None
+        (lab,) = c.servers.values()
+        lab.drop("1-1")
+        await c.becomes(node, device, healthy=False)
+        await c.becomes(node, device, healthy=True, within=30)
+
+
+@stepped
+async def test_the_grace_of_a_new_claim_begins_with_the_answer_of_a_long_allocate() -> None:
+    async with slow_stick(50.0, 60.0) as (c, node, device):
+        await c.allocate(node, device)
+        assert not await c.settle(lambda: c.holder(device) == "", ALLOCATION_GRACE - 1)
+        assert await c.settle(lambda: c.holder(device) == "", 5)
 
 
 @stepped

@@ -120,12 +120,10 @@ class Attacher:
         An earlier one may have been re-attached since, with other device nodes. Raises ClaimBusy if it was lost.
         ALLOCATION_GRACE begins again, because the kubelet lists the devices only after the answer.
         """
-        if len(done) == 1:
-            return done[wanted.key.id].attachment
         claim = self._book.get(wanted.key.id)
         if claim is None or claim.state is not ClaimState.ATTACHED or claim.attachment is None:
             others = ", ".join(sorted(str(outcome.attachment.key) for i, outcome in done.items() if i != wanted.key.id))
-            raise ClaimBusy(f"{wanted.key} was lost during the attach of {others}; try again in a few seconds")
+            raise ClaimBusy(f"{wanted.key} was lost during the attach of {others or 'it'}; try again in a few seconds")
         self._book.put(
             replace(claim, allocated_at=self._clock.monotonic(), missed_polls=0, allocated_as=claim.attachment)
         )

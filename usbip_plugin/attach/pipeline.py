@@ -82,11 +82,26 @@ def import_busy(clock: Clock, rng: random.Random) -> AsyncRetrying:
     )
 
 
-ENUMERATE_TIMEOUT = 6.0
-"""Longest time in seconds from the attach write until the device and its child nodes are there. A disk takes 1.3 s.
+FIRST_TRY_TIME = 6.0
+"""Seconds that the first try of a short Allocate waits from the attach write until the device and its nodes are there.
 
-A childrenTimeout beyond the default adds to it.
+A disk takes 1.3 s. The kernel waits 5 s for the first descriptor before it asks again.
 """
+SECOND_TRY_TIME = 3.0
+"""Seconds of an Allocate that the first try leaves to the second. A disk takes 1.3 s."""
+
+
+def first_try_timeout(left: float, extra: float) -> float:
+    """Returns how many seconds the first of two tries may wait for a device to enumerate.
+
+    A slow device looks like a port that stuck in status 005 (used, no address). So the first try gets nearly all of the
+    Allocate's time, but not less than a usual device needs.
+
+    left: seconds left of the Allocate. extra: seconds by which childrenTimeout exceeds its default.
+    """
+    return min(left, max(left - SECOND_TRY_TIME, FIRST_TRY_TIME + extra))
+
+
 DETACH_TIMEOUT = 5.0
 """Longest time in seconds until a port is free after a detach write; measured 13-29 ms."""
 PROBE_TIMEOUT = 4.0
@@ -140,7 +155,7 @@ class Pipeline:
         WrongSerial is raised, the serial number found is written to the lock, while no other node can have the device.
 
         identity: what the server's list has about the device, to be written to its lock.
-        deadline: bounds the import, in seconds on the monotonic clock. The caller bounds the whole.
+        deadline: bounds import and enumeration, in seconds on the monotonic clock. The caller bounds the whole.
         """
         self._book.move(claim, ClaimEvent.ALLOCATE)
         progress.doing = "locking the device (API server)"
@@ -161,7 +176,7 @@ class Pipeline:
         self._book.move(self._book[claim.id], ClaimEvent.LOCKED)
         try:
             try:
-                return await self._attach(claim.id, grant, deadline, progress)
+                return await self._attach(claim.id, grant, deadline, progress, second_try=True)
             except AttachStuck:  # the port stuck in status 005 (used, no address) and is free again: one more try
                 # the failed try may have used up the import window of the first write: R1 requires a new write
                 grant = await self._locks.renew(claim.key)
@@ -178,7 +193,7 @@ class Pipeline:
         attach_new, LockLost if the claim's lock names another holder, and LockHeld if another node holds the lock of
         the location.
 
-        deadline: bounds the import, in seconds on the monotonic clock.
+        deadline: bounds import and enumeration, in seconds on the monotonic clock.
         """
         claim = self._book[device_id]
         if (
@@ -223,7 +238,10 @@ class Pipeline:
         except LockHeld as held:
             raise LockLost(str(claim.key), held.holder) from held
 
-    async def _attach(self, device_id: str, grant: Grant, deadline: float, progress: Progress) -> Attachment:
+    async def _attach(
+        self, device_id: str, grant: Grant, deadline: float, progress: Progress, *, second_try: bool = False
+    ) -> Attachment:
+        """second_try: whether a second try follows an AttachStuck, for which this one leaves time."""
         claim = self._book[device_id]
         key = claim.location
         progress.doing = f"importing {key.busid} from USB/IP server {key.server}"
@@ -250,7 +268,9 @@ class Pipeline:
         nodes = f", with {', '.join(claim.children)} nodes" if claim.children else ""
         progress.doing = f"waiting for {key} to enumerate on vhci port {port}{nodes}"
         with self.span("device node", key) as step:
-            attachment = await self._enumerate(device_id, imported.descriptor, port)
+            left = max(0.0, deadline - self._clock.monotonic())
+            timeout = first_try_timeout(left, claim.extra_timeout) if second_try else left
+            attachment = await self._enumerate(device_id, imported.descriptor, port, timeout)
             step.set_attribute("usbip.nodes", [node.path for node in attachment.nodes])
         self._record_serial(key, attachment.serial, imported.descriptor.devid)
         return self._hand_out(device_id, attachment)
@@ -295,7 +315,7 @@ class Pipeline:
                 return imported
         raise AssertionError("the retry policy re-raises")
 
-    async def _enumerate(self, device_id: str, descriptor: Descriptor, port: int) -> Attachment:
+    async def _enumerate(self, device_id: str, descriptor: Descriptor, port: int, timeout: float) -> Attachment:
         claim = self._book[device_id]
         try:
             found = await self._driver.enumerate(
@@ -305,7 +325,7 @@ class Pipeline:
                 children=claim.children,
                 children_timeout=claim.children_timeout,
                 serial=claim.serial,
-                timeout=ENUMERATE_TIMEOUT + claim.extra_timeout,
+                timeout=timeout,
             )
         except AttachStuck:
             self._book.put(replace(self._book[device_id], port=None))

@@ -10,7 +10,7 @@ import pytest
 from tests.rigs.vocabulary import DONGLE, KEY, ME, OTHER_KEY, STICK, descriptor
 from tests.unit.attach.pipeline_rig import Rig, on_rig
 from usbip_plugin.attach.events import taken_over
-from usbip_plugin.attach.pipeline import DETACH_TIMEOUT, ENUMERATE_TIMEOUT, PROBE_TIMEOUT
+from usbip_plugin.attach.pipeline import DETACH_TIMEOUT, PROBE_TIMEOUT, SECOND_TRY_TIME
 from usbip_plugin.claims import ClaimEvent, ClaimState
 from usbip_plugin.config.schema import DEFAULT_CHILDREN_TIMEOUT_S
 from usbip_plugin.errors import (
@@ -274,7 +274,7 @@ async def test_the_second_try_after_a_stuck_attach_has_a_new_lock_write_and_wind
         *(ACQUIRED, *one),
         *(RENEWED, *one),
     ]
-    assert r.client.limits == [IMPORT_WINDOW_S, IMPORT_WINDOW_S]
+    assert r.client.limits == [IMPORT_WINDOW_S, pytest.approx(SECOND_TRY_TIME)], "the first window is long over"
     assert (r.claim.state, r.claim.port) == (ClaimState.ATTACHED, attachment.port)
 
 
@@ -393,13 +393,45 @@ async def test_the_port_is_noted_on_each_lock_before_the_device_enumerates(r: Ri
     assert steps == ["note port 0 of 1-1", "note port 0 of 1-2", "enumerate 1-2"]
 
 
-@pytest.mark.parametrize(("children_timeout", "more"), [(3.0, 0.0), (DEFAULT_CHILDREN_TIMEOUT_S, 0.0), (8.0, 3.0)])
+@pytest.mark.parametrize(
+    ("within", "children_timeout", "first", "second"),
+    [
+        (60.0, DEFAULT_CHILDREN_TIMEOUT_S, 57.0, 3.0),
+        (9.0, DEFAULT_CHILDREN_TIMEOUT_S, 6.0, 3.0),
+        (7.0, DEFAULT_CHILDREN_TIMEOUT_S, 6.0, 1.0),
+        (9.0, 3.0, 6.0, 3.0),
+        (10.0, 8.0, 9.0, 1.0),
+        (30.0, 8.0, 27.0, 3.0),
+    ],
+)
 @on_rig
-async def test_the_limit_of_an_enumeration_grows_with_the_children_timeout(
-    r: Rig, children_timeout: float, more: float
+async def test_the_first_enumeration_gets_nearly_all_of_the_time_and_the_second_what_is_left(
+    r: Rig, within: float, children_timeout: float, first: float, second: float
 ) -> None:
-    await r.attach(children=(), children_timeout=children_timeout)
-    assert r.driver.limits == [ENUMERATE_TIMEOUT + more]
+    r.kernel.stuck_next()
+    await r.attach(within=within, children=(), children_timeout=children_timeout)
+    assert r.driver.limits == [first, pytest.approx(second)]
+
+
+@on_rig
+async def test_a_second_enumeration_after_an_early_failure_gets_the_rest_of_the_time(r: Rig) -> None:
+    r.script.at(ENUMERATE, r.takes(2, r.raises(AttachStuck("the connection ended"))))
+    await r.attach(within=40.0)
+    assert r.driver.limits == [37.0, 38.0]
+
+
+@on_rig
+async def test_an_enumeration_in_a_very_short_allocate_gets_all_of_it(r: Rig) -> None:
+    await r.attach(within=2.0)
+    assert r.driver.limits == [2.0]
+
+
+@on_rig
+async def test_the_enumeration_of_a_reattach_gets_what_its_try_has_left(r: Rig) -> None:
+    r.lost()
+    r.script.at(IMPORT, r.takes(2))
+    await r.reattach()
+    assert r.driver.limits == [58.0]
 
 
 @on_rig
