@@ -36,8 +36,8 @@ ALLOCATE_SLACK_S = 0.5
 """Longest time of an Allocate beyond allocateTimeout. All limits here are seconds of the node's clock."""
 UNCLAIMED_LOCK_S = 40.0
 """Limit of a lock whose node has no claim on the device. A probe of a serial number takes a part of it."""
-UNUSED_CLAIM_S = ALLOCATION_GRACE + 35.0
-"""Limit of a claim without a pod."""
+UNUSED_CLAIM_S = ALLOCATION_GRACE + 25.0
+"""Limit of a claim without a pod, beyond allocateTimeout."""
 STALE_HEALTH_S = 20.0
 """Limit of a difference between the health of a device and its attachment."""
 UNATTACHED_POD_S = 60.0
@@ -269,9 +269,10 @@ class Watch:
             return
         used = node.kubelet.in_use()
         quiet = self.quiet(node)
+        limit = UNUSED_CLAIM_S + self.cluster.spec.config.allocate_timeout
         for claim in agent.claims.view.values():
             bad = quiet and claim.id not in used
-            if self._for_long(bad, now, UNUSED_CLAIM_S / node.clock.rate, "claim", node.name, claim.id):
+            if self._for_long(bad, now, limit / node.clock.rate, "claim", node.name, claim.id):
                 raise Violation("no claim without a pod", f"{node.name}: {claim.key} is {claim.state.value}")
 
     def _specs(self, node: ClusterNode) -> None:
