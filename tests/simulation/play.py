@@ -244,7 +244,7 @@ class _Play:
         """Checks that a new pod on each node gets a device."""
         for node in c.nodes.values():
             pod = PodRef("default", f"last-{node.name}")
-            end = self._loop.time() + SPARE_S
+            end = self._loop.time() + SPARE_S + self._plan.settings.allocate_timeout
             while (failure := await node.admit(pod, "stick")) is not None:
                 if self._loop.time() > end:
                     raise Violation("a free device can be had", f"{node.name}: {failure}")

@@ -6,10 +6,11 @@ happens after a failure. Each step is a span. R1 to R6 are the lock rules of doc
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
 
 from opentelemetry import trace
@@ -35,6 +36,7 @@ from usbip_plugin.errors import (
 )
 from usbip_plugin.locks.manager import Grant, LockManager
 from usbip_plugin.locks.protocol import LockMeta
+from usbip_plugin.locks.watch import LockChange
 from usbip_plugin.model import Attachment, Descriptor, DeviceKey, Identity
 from usbip_plugin.observe.spans import device_attributes, span
 from usbip_plugin.observe.tracing import span_context_from
@@ -318,15 +320,16 @@ class Pipeline:
     async def _enumerate(self, device_id: str, descriptor: Descriptor, port: int, timeout: float) -> Attachment:
         claim = self._book[device_id]
         try:
-            found = await self._driver.enumerate(
-                claim.location,
-                descriptor,
-                port,
-                children=claim.children,
-                children_timeout=claim.children_timeout,
-                serial=claim.serial,
-                timeout=timeout,
-            )
+            async with self._while_ours(claim):
+                found = await self._driver.enumerate(
+                    claim.location,
+                    descriptor,
+                    port,
+                    children=claim.children,
+                    children_timeout=claim.children_timeout,
+                    serial=claim.serial,
+                    timeout=timeout,
+                )
         except AttachStuck:
             self._book.put(replace(self._book[device_id], port=None))
             if self._book[device_id].state is ClaimState.ATTACHING:
@@ -336,6 +339,31 @@ class Pipeline:
             kinds = sorted({node.kind for node in found.nodes[1:]})
             raise NodesMissing(claim.location, lacking, kinds, claim.children_timeout)
         return replace(found, key=claim.key)
+
+    @contextlib.asynccontextmanager
+    async def _while_ours(self, claim: Claim) -> AsyncIterator[None]:
+        """Cancels the block as soon as a lock of this claim no longer names this node (R6).
+
+        Raises the errors of _check_still_ours. An enumeration may take minutes; a device must not be attached that long
+        without its lock.
+        """
+        self._check_still_ours(claim)
+        scope = asyncio.timeout(None)
+
+        def lock_changed(_change: LockChange) -> None:
+            if not (self.is_mine(claim.id) and self.is_mine(claim.location.id)) and not scope.expired():
+                scope.reschedule(asyncio.get_running_loop().time())
+
+        try:
+            async with scope:
+                unsubscribe = self._locks.subscribe(lock_changed)
+                try:
+                    yield
+                finally:
+                    unsubscribe()
+        except TimeoutError:
+            self._check_still_ours(claim)
+            raise LockLost(str(claim.key), self._holder(claim.id)) from None
 
     def _check_window(self, key: DeviceKey, grant: Grant) -> None:
         """Raises LockUnavailable if the import window is over: R1 then forbids an import and the use of its result."""

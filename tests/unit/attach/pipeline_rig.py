@@ -24,6 +24,7 @@ from usbip_plugin.config.schema import ResourceConfig
 from usbip_plugin.context import NodeContext
 from usbip_plugin.locks.manager import IMPORT_WINDOW_S, Grant, LockManager
 from usbip_plugin.locks.protocol import LockMeta, Rules
+from usbip_plugin.locks.watch import LockChange
 from usbip_plugin.model import Attachment, Descriptor, DeviceKey, Identity, Lock, ServerKey
 from usbip_plugin.usbip.client import Imported
 from usbip_plugin.usbip.identify import DeviceIdentity
@@ -75,6 +76,11 @@ class ScriptedLocks:
         self.former: Lock | None = None
         self.identities: list[tuple[DeviceKey, Identity]] = []
         self._clock, self._script = clock, script
+        self._subscribers: list[Callable[[LockChange], None]] = []
+
+    def subscribe(self, callback: Callable[[LockChange], None]) -> Callable[[], None]:
+        self._subscribers.append(callback)
+        return lambda: self._subscribers.remove(callback)
 
     def hold(self, key: DeviceKey, holder: str = ME.node, boot_id: str = ME.boot_id) -> Lock:
         """Makes a node, this one by default, the holder of the lock."""
@@ -85,10 +91,11 @@ class ScriptedLocks:
 
     def lose(self, key: DeviceKey, holder: str | None) -> None:
         """Makes the watch show another holder, "" after a release, or no Lease for None."""
-        if holder is None:
-            del self.locks[key.id]
-        else:
-            self.locks[key.id] = replace(self.locks[key.id], holder=holder)
+        before = self.locks.pop(key.id)
+        if holder is not None:
+            self.locks[key.id] = replace(before, holder=holder)
+        for callback in tuple(self._subscribers):
+            callback(LockChange(key.id, before, self.locks.get(key.id)))
 
     async def acquire(self, key: DeviceKey, meta: LockMeta | None = None, *, claimed: bool = False) -> Grant:
         return replace(await self._written("acquire", key), former=self.former)

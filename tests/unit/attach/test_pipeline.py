@@ -32,7 +32,7 @@ from usbip_plugin.errors import (
     WrongSerial,
 )
 from usbip_plugin.locks.manager import IMPORT_WINDOW_S
-from usbip_plugin.model import Identity
+from usbip_plugin.model import DeviceKey, Identity
 from usbip_plugin.vhci.driver import PortState
 from usbip_plugin.vhci.sysfs import PortStatus
 
@@ -163,6 +163,30 @@ async def test_a_device_whose_lock_is_lost_after_its_attach_does_not_reach_the_c
     assert not r.specs.texts
     await r.pipeline.detach(KEY.id)
     assert r.free()
+
+
+@pytest.mark.parametrize("step", ["attach 1-2", "enumerate 1-2"])
+@pytest.mark.parametrize("lost", [KEY, OTHER_KEY])
+@losses
+@on_rig
+async def test_an_enumeration_ends_at_once_when_a_lock_is_lost(
+    r: Rig, holder: str | None, lost: DeviceKey, step: str
+) -> None:
+    r.lost(moved_to=OTHER_KEY)
+    r.kernel.stuck_next()
+    r.script.at(step, r.takes(2, r.loses(lost, holder)))
+    began = r.clock.monotonic()
+    with pytest.raises(LockError):
+        await r.reattach()
+    assert r.clock.monotonic() - began == 2
+
+
+@on_rig
+async def test_the_change_of_another_lock_ends_no_enumeration(r: Rig) -> None:
+    r.locks.hold(OTHER_KEY)
+    r.script.at(ENUMERATE, r.loses(OTHER_KEY, "node-b"))
+    await r.attach()
+    assert r.claim.state is ClaimState.ATTACHED
 
 
 @pytest.mark.parametrize("step", ["import 1-2", "enumerate 1-2"])
