@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -125,6 +127,11 @@ def ignore_its_own(self: Pipeline, claim: Claim) -> None:
     check_still_ours(self, replace(claim, key=claim.location, moved_to=None))
 
 
+@contextlib.asynccontextmanager
+async def goes_on(_self: Pipeline, _claim: Claim) -> AsyncIterator[None]:
+    yield
+
+
 # R7
 
 
@@ -212,6 +219,10 @@ IN_FLIGHT = tuple(
 """A's request to the server is under way for longer than its lock lasts."""
 ROBBED = tuple(shape(act(0, "admit"), act(0.1, loss, lasts=70), wait(40)) for loss in ("lock_taken", "lock_released"))
 """A loses the lock while the device enumerates, which takes 0.3 s."""
+ROBBED_FOR_LONG = shape(
+    act(0, "stuck_port"), act(0, "admit"), act(1, "lock_taken", lasts=70), wait(60), allocate_timeout=60.0
+)
+"""A loses the lock while the device does not enumerate, and its Allocate may take 60 s."""
 ROBBED_ELSEWHERE = tuple(
     shape(act(0, "admit"), act(4, "replug_elsewhere", lasts=90), act(4.2, "lock_taken", lasts=60, pick=lock), wait(40))
     for lock in (0, 1)
@@ -291,6 +302,7 @@ MUTANTS = (
                 (AttachmentMonitor, "_lock_changed", ignore),
                 (Pipeline, "_write_again", renew_only),
                 (Pipeline, "_check_still_ours", ignore),
+                (Pipeline, "_while_ours", goes_on),
             ),
         ),
     ),
@@ -299,21 +311,28 @@ MUTANTS = (
         "a loss before the device is handed out is ignored",
         NOT_LOCKED,
         ROBBED,
-        patched(Pipeline, "_check_still_ours", ignore),
+        patched(Pipeline, "_check_still_ours", ignore, (Pipeline, "_while_ours", goes_on)),
+    ),
+    Mutant(
+        "R6",
+        "an enumeration goes on without its lock",
+        NOT_LOCKED,
+        (ROBBED_FOR_LONG,),
+        patched(Pipeline, "_while_ours", goes_on),
     ),
     Mutant(
         "R6",
         "the lock of the place may be lost",
         NOT_ATTACHED,
         ROBBED_ELSEWHERE,
-        patched(Pipeline, "_check_still_ours", ignore_the_place),
+        patched(Pipeline, "_check_still_ours", ignore_the_place, (Pipeline, "_while_ours", goes_on)),
     ),
     Mutant(
         "R6",
         "the device's own lock may be lost",
         NOT_WORKING,
         ROBBED_ELSEWHERE,
-        patched(Pipeline, "_check_still_ours", ignore_its_own),
+        patched(Pipeline, "_check_still_ours", ignore_its_own, (Pipeline, "_while_ours", goes_on)),
     ),
     Mutant(
         "R7",
