@@ -11,8 +11,10 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
+from tests.rigs.vocabulary import KEY, descriptor
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.errors import VhciError
 from usbip_plugin.model import UsbId
@@ -66,6 +68,14 @@ async def test_the_simulated_kernel_serves_the_next_driver_after_a_malformed_mes
             await loop.sock_sendall(hostile, message[:MAX_MESSAGE])
             with contextlib.closing(RemoteVhci(tmp_path / "socket", SystemClock(), random.Random(0))) as driver:
                 assert await driver.ports()
+
+
+@pytest.mark.parametrize("children", [("../etc/x",), ("a/b",), ("",), ("tty",) * 33], ids=ascii)
+def test_the_simulated_kernel_makes_no_nodes_outside_its_directory(children: tuple[str, ...]) -> None:
+    request = wire.Enumerate(KEY, descriptor(KEY.busid), 0, (), 1.0, 1.0)
+    encoded = {**msgspec.to_builtins(request), "children": children}
+    with pytest.raises(ValueError, match="children must be at most 32 names"):
+        wire.read(encoded, wire.Request)
 
 
 @pytest.mark.parametrize(
