@@ -16,7 +16,7 @@ from usbip_plugin.claims import ClaimState
 from usbip_plugin.config.schema import Config
 from usbip_plugin.errors import KubeConflict, KubeForbidden, KubeGone, KubeServerError, KubeThrottled
 from usbip_plugin.kube.node_status import NODES_STATUS
-from usbip_plugin.locks.protocol import LockMeta, Replace, Write, decide_acquire, decide_release
+from usbip_plugin.locks.protocol import LockMeta, Replace, Write, decide_acquire, released
 from usbip_plugin.locks.record import BY_HAND, lock_of
 from usbip_plugin.model import DeviceKey, NodeIdentity, PodRef
 from usbip_plugin.vhci.sysfs import PortStatus
@@ -557,10 +557,10 @@ class Chaos:
         return held[action.pick % len(held)] if held else None
 
     def _release(self, key: DeviceKey, holder: str, mark: str) -> None:
-        """Empties a lock if it names this holder."""
-        decision = decide_release(self.cluster.backend.leases.get(key.id), self._write(holder, mark))
-        if isinstance(decision, Replace):
-            self.cluster.backend.replace(decision.lease)
+        """Empties a lock in the holder's name, if it still has it."""
+        lease = self.cluster.backend.leases.get(key.id)
+        if lease is not None and lease.holder == holder:
+            self.cluster.backend.replace(released(lease, self._write(holder, mark)).lease)
 
     def _write(self, holder: str, mark: str) -> Write:
         anybody = next(iter(self.cluster.nodes.values()))

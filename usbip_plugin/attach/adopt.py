@@ -54,6 +54,11 @@ def decide_adoption(
     return Adoption.RELEASE if used is False else Adoption.REATTACH
 
 
+def _without_lease(key: DeviceKey) -> Lock:
+    """Returns a lock that nobody holds, for an attached device whose Lease was deleted."""
+    return Lock(key.id, "", 0, 0.0, "", key=key)
+
+
 class Adopter:
     """Adopts the devices of this node's previous process: makes claims of them in the book."""
 
@@ -97,15 +102,16 @@ class Adopter:
         if also_lost:
             locks = self._locks.locks
             # a device that a person has attached with the usbip tool is left alone
-            left = {port.record.id for port in ports if port.record is not None and port.by_plugin}
+            left = {port.record.id: port.record for port in ports if port.record is not None and port.by_plugin}
             found += [locks[i] for i in sorted(used.keys() | left) if i in locks and locks[i].holder != self._me.node]
+            found += [_without_lease(key) for i, key in left.items() if i not in locks]
         for lock in found:
             key = lock.key
             if key is None or self._tasks.mutex(lock.device_id).locked():
                 continue  # another task works on this device
             async with self._tasks.mutex(lock.device_id):
-                now = self._locks.locks.get(lock.device_id)
-                if now is None or self._tasks.book.in_use(lock.device_id) or now.holder != lock.holder:
+                now = self._locks.locks.get(lock.device_id) or _without_lease(key)
+                if self._tasks.book.in_use(lock.device_id) or now.holder != lock.holder:
                     continue
                 orphaned = lock.in_place_of is None or self._is_orphan(lock.in_place_of)
                 if orphaned or now.holder != self._me.node:

@@ -68,6 +68,7 @@ class Attachments:
             tasks=tasks,
             events=events,
             on_step=on_step,
+            on_listed_in_use=poller.note_lists_in_use,
         )
         releaser = Releaser(context, locks=locks, specs=specs, tasks=tasks, pipeline=pipeline, on_step=on_step)
         self.locator = DeviceLocator(
@@ -80,7 +81,6 @@ class Attachments:
             resources=resources,
             tasks=tasks,
             pipeline=pipeline,
-            releaser=releaser,
             locator=self.locator,
             events=events,
             evict=evict,

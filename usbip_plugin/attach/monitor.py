@@ -21,8 +21,9 @@ from usbip_plugin.config.schema import OnLoss
 from usbip_plugin.context import NodeContext
 from usbip_plugin.errors import CdiError, VhciError
 from usbip_plugin.locks.manager import LockManager
+from usbip_plugin.locks.protocol import Loss, decide_loss
 from usbip_plugin.locks.watch import LockChange
-from usbip_plugin.model import Attachment, PodRef
+from usbip_plugin.model import Attachment, Lock, PodRef
 from usbip_plugin.observe.tracing import within
 from usbip_plugin.sync import done_within
 from usbip_plugin.vhci.children import wants
@@ -36,6 +37,8 @@ PORT_CHECK_INTERVAL = 15.0
 
 A uevent starts a check at once, but uevents can be dropped under memory pressure.
 """
+MIN_WAIT = 0.05
+"""Least seconds between two looks at a lost lock, so that rounding of a clock never makes them spin."""
 
 
 class AttachmentMonitor:
@@ -71,6 +74,8 @@ class AttachmentMonitor:
         self._evict = evict
         self._ports_event = asyncio.Event()
         self._unreadable = ""
+        self._lost_since: dict[str, float] = {}
+        """By device ID: when a Lost claim was first seen with another holder in its lock (seconds, monotonic)."""
 
     async def run(self) -> None:
         """Watches the ports and locks until cancelled."""
@@ -123,7 +128,7 @@ class AttachmentMonitor:
     def _coming(self, device_id: str) -> bool:
         claim = self._tasks.book.get(device_id)
         if claim is None:  # the device may not be adopted yet
-            return not self._locks.ready.is_set() or self._pipeline.is_mine(device_id)
+            return not self._locks.ready.is_set() or any(lock.device_id == device_id for lock in self._locks.mine())
         return claim.state in (ClaimState.LOCKING, ClaimState.IMPORTING, ClaimState.ATTACHING, ClaimState.REATTACHING)
 
     async def _watch_ports(self) -> None:
@@ -199,35 +204,24 @@ class AttachmentMonitor:
             self._events(DeviceEvent(EventKind.NODES_LATE, claim.key, text, claim.pod))
 
     def _lock_changed(self, change: LockChange) -> None:
-        """Begins to detach a device whose lock names another holder by now, or nobody (R6).
+        """Withdraws a device whose lock names another holder by now, or nobody (R6).
 
-        If the claim is already Lost, begins a re-attach instead once the lock is free.
+        If the claim is already Lost, takes the lock again once it is free.
         """
         claim = self._tasks.book.get(change.device_id)
         if claim is not None and claim.state is ClaimState.LOST:
             self._regain(change.device_id)
             return
-        holder = change.new.holder if change.new is not None else ""
-        if holder == self._me.node:
+        if decide_loss(change.new, self._me, 0.0, self._locks.settings.import_window) is Loss.NONE:
             return
-        self._location_lost(change.device_id, holder)
+        self._location_lost(change.device_id, change.new)
         claim = self._tasks.book.get(change.device_id)
         if claim is None or claim.state not in (ClaimState.ATTACHED, ClaimState.REATTACHING):
             return
-        # also if a person deleted or emptied the Lease: without a lock that names this node nothing stays attached
+        # also if the Lease was deleted: without a lock that names this node no device is offered
         self._tasks.book.move(claim, ClaimEvent.LOCK_LOST)
         with within(claim.traceparent):
-            log.error("lock lost", extra={"device": str(claim.key), "holder": holder})
-        text = f"node {holder} holds the device now" if holder else "the lock no longer names this node"
-        if change.old is not None and change.old.holder == self._me.node:
-            self._events(DeviceEvent(EventKind.LOCK_LOST, claim.key, text + "; detaching the device here", claim.pod))
-            if (
-                self._resources.resource_of(claim).on_loss is OnLoss.EVICT
-                and claim.pod is not None
-                and claim.pod.uid is not None
-            ):
-                lost = f"node {holder} took {claim.key}" if holder else f"nobody holds the lock of {claim.key} now"
-                self._evict(claim.pod, lost)
+            log.error("lock lost", extra={"device": str(claim.key), "holder": change.holder})
         self._reattacher.look_again(change.device_id)
         self.begin_withdrawal(change.device_id)
 
@@ -237,38 +231,73 @@ class AttachmentMonitor:
 
     async def _reattach(self, device_id: str) -> None:
         await self._reattacher.reattach(device_id)
-        after = self._tasks.book.get(device_id)
-        if after is not None and after.state is ClaimState.LOST:
+        if self._is_lost(device_id):
             await self._clock.sleep(REATTACH_FIRST_WAIT)
-            self._regain(device_id)
+            await self._withdraw(device_id)
+
+    def _is_lost(self, device_id: str) -> bool:
+        claim = self._tasks.book.get(device_id)
+        return claim is not None and claim.state is ClaimState.LOST
 
     def begin_withdrawal(self, device_id: str) -> None:
-        """Begins to detach the device of a Lost claim. Returns at once."""
+        """Begins to take the lock of a Lost claim again or, if that fails, to detach the device. Returns at once."""
         self._tasks.spawn(self._withdraw(device_id), f"withdraw {self._tasks.book[device_id].key}")
 
     async def _withdraw(self, device_id: str) -> None:
-        await self._releaser.finish_locked(device_id, ClaimState.LOST)
+        while self._is_lost(device_id):
+            now = self._clock.monotonic()
+            loss = self._loss(device_id, now - self._lost_since.setdefault(device_id, now))
+            if loss is Loss.WAIT and self._tasks.book[device_id].port is not None:
+                # a server that exports the device here refuses the new holder, which then releases the lock
+                end = self._lost_since[device_id] + self._locks.settings.import_window
+                await self._clock.sleep(max(MIN_WAIT, end - now))
+                continue
+            if loss in (Loss.WAIT, Loss.DETACH):
+                self._tell_loss(self._tasks.book[device_id])
+                await self._releaser.finish_locked(device_id, ClaimState.LOST)
+            break
+        self._lost_since.pop(device_id, None)
         self._regain(device_id)
 
-    def _regain(self, device_id: str) -> None:
-        """Begins to re-attach a device that was lost with its lock, if the lock is free and the pod is still there.
+    def _loss(self, device_id: str, held_for: float) -> Loss:
+        lock = self._locks.locks.get(device_id)
+        return decide_loss(lock, self._me, held_for, self._locks.settings.import_window)
 
-        A lock that a person has released stays released. Does nothing while another task holds the device's mutex.
+    def _tell_loss(self, claim: Claim) -> None:
+        lock = self._locks.locks.get(claim.id)
+        holder = lock.holder if lock is not None else ""
+        text = f"node {holder} holds the device now" if holder else "the lock no longer names this node"
+        self._events(DeviceEvent(EventKind.LOCK_LOST, claim.key, text + "; detaching the device here", claim.pod))
+        evict = self._resources.resource_of(claim).on_loss is OnLoss.EVICT
+        if evict and claim.pod is not None and claim.pod.uid is not None:
+            self._evict(
+                claim.pod, f"node {holder} took {claim.key}" if holder else f"nobody holds the lock of {claim.key} now"
+            )
+
+    def _regain(self, device_id: str) -> None:
+        """Begins to take the lock of a Lost claim again, if the lock is free and the pod is still there.
+
+        A device that is still attached stays so, any other is attached again. A lock that a person has released stays
+        released. Does nothing while other work has the device's mutex.
         """
-        claim, lock = self._tasks.book.get(device_id), self._locks.locks.get(device_id)
+        claim = self._tasks.book.get(device_id)
         if claim is None or claim.state is not ClaimState.LOST or self._tasks.mutex(device_id).locked():
             return
-        if lock is None or (lock.holder in ("", self._me.node) and not lock.by_hand):
+        if self._loss(device_id, 0.0) in (Loss.NONE, Loss.REGAIN):
             self._tasks.book.move(claim, ClaimEvent.LOCK_FREE)
             self.begin_reattach(device_id)
 
-    def _location_lost(self, device_id: str, holder: str) -> None:
-        """Begins to re-attach the device that was followed to this bus ID, because the lock here is lost (R6)."""
+    def _location_lost(self, device_id: str, lock: Lock | None) -> None:
+        """Begins to re-attach the device that was followed to this bus ID, because the lock here is lost (R6).
+
+        The re-attach takes that lock again if nobody holds it, or else detaches the device.
+        """
+        holder = lock.holder if lock is not None else ""
         claim = self._tasks.book.moved_here(device_id)
         if claim is None or claim.state is not ClaimState.ATTACHED:
             return
         self._tasks.book.move(claim, ClaimEvent.PORT_LOST)
         log.error("lock lost", extra={"device": str(claim.key), "place": str(claim.location), "holder": holder})
-        text = f"the lock of {claim.location} names {holder or 'nobody'} now; detaching the device here"
+        text = f"the lock of {claim.location} names {holder or 'nobody'} now; re-attaching"
         self._events(DeviceEvent(EventKind.LOST, claim.key, text, claim.pod))
         self.begin_reattach(claim.id)

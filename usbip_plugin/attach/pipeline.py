@@ -37,7 +37,7 @@ from usbip_plugin.errors import (
 from usbip_plugin.locks.manager import Grant, LockManager
 from usbip_plugin.locks.protocol import LockMeta
 from usbip_plugin.locks.watch import LockChange
-from usbip_plugin.model import Attachment, Descriptor, DeviceKey, Identity
+from usbip_plugin.model import Attachment, Descriptor, DeviceKey, Identity, ServerKey
 from usbip_plugin.observe.spans import device_attributes, span
 from usbip_plugin.observe.tracing import span_context_from
 from usbip_plugin.usbip.client import Imported, UsbipClient
@@ -121,6 +121,7 @@ class Pipeline:
     """Attaches, re-attaches, detaches and probes single devices, and updates their claims.
 
     on_step(name, seconds) is called after each step that has succeeded, with the time it took.
+    on_listed_in_use(server) is called when a server refuses as busy what it has just listed as free for a takeover.
     """
 
     def __init__(
@@ -134,6 +135,7 @@ class Pipeline:
         tasks: DeviceTasks,
         events: EventSink,
         on_step: Callable[[str, float], None],
+        on_listed_in_use: Callable[[ServerKey], None],
     ) -> None:
         self._me = context.me
         self._clock = context.clock
@@ -147,6 +149,7 @@ class Pipeline:
         self._book = tasks.book
         self._events = events
         self._on_step = on_step
+        self._on_listed_in_use = on_listed_in_use
 
     async def attach_new(
         self, claim: Claim, identity: Identity | None, deadline: float, progress: Progress
@@ -181,8 +184,12 @@ class Pipeline:
                 return await self._attach(claim.id, grant, deadline, progress, second_try=True)
             except AttachStuck:  # the port stuck in status 005 (used, no address) and is free again: one more try
                 # the failed try may have used up the import window of the first write: R1 requires a new write
-                grant = await self._locks.renew(claim.key)
-                return await self._attach(claim.id, grant, deadline, progress)
+                renewed = await self._locks.renew(claim.key)
+                return await self._attach(claim.id, renewed, deadline, progress)
+        except DeviceBusy:
+            if grant.former is not None:
+                self._on_listed_in_use(claim.key.server)
+            raise
         except WrongSerial as wrong:
             await self._tasks.record_identity(claim.key, Identity(wrong.devid, wrong.found))
             raise
@@ -191,26 +198,51 @@ class Pipeline:
         """Makes one try to take a claim from Reattaching to Attached, under a new write of its lock (R1).
 
         Attaches the device from the claim's location, and writes the lock of that location too. If the device is still
-        attached, because only its CDI spec could not be written, only the spec is written again. Raises the errors of
-        attach_new, LockLost if the claim's lock names another holder, and LockHeld if another node holds the lock of
-        the location.
+        attached, because only its lock was lost or its CDI spec could not be written, only these are written again.
+        Raises the errors of attach_new, LockLost if the claim's lock names another holder, and LockHeld if another node
+        holds the lock of the location.
 
         deadline: bounds import and enumeration, in seconds on the monotonic clock.
         """
-        claim = self._book[device_id]
-        if (
-            claim.container_indexes
-            and (now := await self.current_attachment(claim, await self._driver.ports())) is not None
-        ):
-            return self._hand_out(device_id, now)
+        if (now := await self.still_attached(device_id)) is not None:
+            return await self._keep(device_id, now)
         await self.detach(device_id)
         grant = await self._write_again(self._book[device_id])
         claim = self._book[device_id]
         if claim.moved_to is not None:
-            meta = LockMeta(str(claim.usb_id), traceparent=claim.traceparent, in_place_of=claim.id)
-            second = await self._locks.acquire(claim.moved_to, meta, claimed=True)
+            second = await self._write_location(claim, claim.moved_to)
             grant = replace(second, import_deadline=min(grant.import_deadline, second.import_deadline))
         return await self._attach(device_id, grant, deadline, Progress(""))
+
+    async def still_attached(self, device_id: str) -> Attachment | None:
+        """Returns the attachment of a claim as it is now, or None if the device is not attached any more.
+
+        Raises VhciError.
+        """
+        claim = self._book[device_id]
+        return await self.current_attachment(claim, await self._driver.ports()) if claim.port is not None else None
+
+    async def _keep(self, device_id: str, now: Attachment) -> Attachment:
+        """Takes the locks of a live attachment again, where they are lost, and hands the device out as it is (R6)."""
+        claim = self._book[device_id]
+        taken = [key for key in dict.fromkeys((claim.key, claim.location)) if not self.is_mine(key.id)]
+        if claim.key in taken:
+            await self._write_again(claim)
+        if claim.moved_to in taken and claim.moved_to is not None:
+            await self._write_location(claim, claim.moved_to)
+        attachment = self._hand_out(device_id, now)
+        for key in taken:
+            log.warning("lock taken again, device kept attached", extra={"device": str(key)})
+            self._tasks.note_port(key, now.port)
+            if now.serial is not None:
+                listed = self._locks.locks.get(key.id)
+                devid = listed.read_from if listed is not None else None
+                self._tasks.note_identity(key, Identity(devid, now.serial))
+        return attachment
+
+    async def _write_location(self, claim: Claim, location: DeviceKey) -> Grant:
+        meta = LockMeta(str(claim.usb_id), traceparent=claim.traceparent, in_place_of=claim.id)
+        return await self._locks.acquire(location, meta, claimed=True)
 
     async def detach_from_location(self, device_id: str) -> None:
         """Detaches the device from the claim's moved_to, releases the lock of that location (R5) and unsets moved_to.
@@ -227,12 +259,12 @@ class Pipeline:
         """Writes the claim's lock before a re-attach (R1).
 
         A lock that is of another boot is acquired as for an Allocate (R2, R3, R4). Raises LockLost if another node
-        holds it, or if the claim is Lost by now: the caller decides whether its lock may be acquired again.
+        holds it, or if the claim is Lost by now: the caller decides whether its lock may be acquired again. Raises
+        LockUnavailable if another boot of this node holds it (R3).
         """
         if claim.state is ClaimState.LOST:
             raise LockLost(str(claim.key), self._holder(claim.id))
-        lock = self._locks.locks.get(claim.id)
-        if lock is not None and lock.holder == self._me.node and lock.boot_id == self._me.boot_id:
+        if self.is_mine(claim.id):
             return await self._locks.renew(claim.key)
         meta = LockMeta(usb_id=str(claim.usb_id), traceparent=claim.traceparent)
         try:
@@ -421,8 +453,9 @@ class Pipeline:
         return replace(now, key=claim.key)
 
     def is_mine(self, device_id: str) -> bool:
-        """Returns whether the lock, as last seen, names this node."""
-        return self._holder(device_id) == self._me.node
+        """Returns whether the lock, as last seen, names this boot of this node (R3)."""
+        lock = self._locks.locks.get(device_id)
+        return lock is not None and (lock.holder, lock.boot_id) == (self._me.node, self._me.boot_id)
 
     async def probe(self, key: DeviceKey, descriptor: Descriptor) -> Identity:
         """Reads a device's serial number and interfaces in user space, under its lock (R1).

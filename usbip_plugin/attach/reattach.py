@@ -13,7 +13,6 @@ from opentelemetry.trace import Span
 from usbip_plugin.attach.events import DeviceEvent, EventKind, EventSink, Reattach
 from usbip_plugin.attach.locate import Ambiguous, DeviceLocator, NeedsProbe
 from usbip_plugin.attach.pipeline import Pipeline
-from usbip_plugin.attach.release import Releaser
 from usbip_plugin.attach.tasks import DeviceTasks
 from usbip_plugin.claims import Claim, ClaimEvent, ClaimState, Resources, place_of
 from usbip_plugin.clock import backoff
@@ -117,7 +116,6 @@ class Reattacher:
         resources: Resources,
         tasks: DeviceTasks,
         pipeline: Pipeline,
-        releaser: Releaser,
         locator: DeviceLocator,
         events: EventSink,
         evict: Callable[[PodRef, str], None],
@@ -135,7 +133,6 @@ class Reattacher:
         self._resources = resources
         self._tasks = tasks
         self._pipeline = pipeline
-        self._releaser = releaser
         self.locator = locator
         self._events = events
         self._evict = evict
@@ -172,7 +169,7 @@ class Reattacher:
     async def reattach(self, device_id: str) -> None:
         """Tries to re-attach the device until it is attached, its pod is gone or its lock is lost.
 
-        The claim must be in the state Reattaching.
+        Leaves a device whose lock is lost as it is. The claim must be in the state Reattaching.
         """
         waits = backoff(self._rng, REATTACH_FIRST_WAIT, REATTACH_MAX_WAIT)
         wakeup = self._wakeups[device_id] = asyncio.Event()
@@ -211,7 +208,6 @@ class Reattacher:
                 failed(whole, error)
                 if self._tasks.book[device_id].state is ClaimState.REATTACHING:
                     self._tasks.book.move(self._tasks.book[device_id], ClaimEvent.LOCK_LOST)
-                await self._releaser.detach_and_release(device_id, keep=True)
                 return False
             except (TimeoutError, LockError, KubeError, UsbipError, VhciError, CdiError) as error:
                 self._on_reattach(Reattach.FAILED)
@@ -237,6 +233,8 @@ class Reattacher:
     async def _attach(self, device_id: str, deadline: float) -> Attachment:
         """Attaches the device from the claim's location or, if it is not there, from where a server lists it now."""
         claim = self._tasks.book[device_id]
+        if await self._pipeline.still_attached(device_id) is not None:
+            return await self._attach_from_location(device_id, deadline)
         cause: PluginError | None = self.locator.serial_mismatch(claim) or self.locator.server_error(claim)
         found = self._locate(device_id, cause) if cause is not None else None
         if cause is None or (found is None and not isinstance(cause, WrongSerial)):

@@ -9,7 +9,7 @@ from usbip_plugin.cli.devices import LockedDevice, ago, last_sign, stamp
 from usbip_plugin.cli.explain import DeviceDetails, Listing, PodStatus
 from usbip_plugin.config.schema import IMPORT_WINDOW_S
 from usbip_plugin.errors import KubeConflict, KubeForbidden, KubeNotFound, ReleaseRefused
-from usbip_plugin.locks.protocol import Replace, Write, decide_release
+from usbip_plugin.locks.protocol import Write, released
 from usbip_plugin.locks.record import BY_HAND, LeaseStore
 from usbip_plugin.model import NodeIdentity
 
@@ -62,10 +62,8 @@ async def release(store: LeaseStore, known: LockedDevice, now: datetime) -> None
     if not known.lease.holder:
         raise ReleaseRefused(f"{known.lock.device_id} has no holder")
     write = Write(NodeIdentity(known.lease.holder, ""), now, BY_HAND, float(known.lease.duration_seconds or 0))
-    decision = decide_release(known.lease, write)
-    assert isinstance(decision, Replace)  # noqa: S101 - it is decided in the holder's own name
     try:
-        await store.replace(decision.lease)
+        await store.replace(released(known.lease, write).lease)
     except (KubeConflict, KubeNotFound) as error:
         name = known.device or known.lock.device_id
         text = f"the lock of {name} has changed since it was shown; nothing was written; run the command again"

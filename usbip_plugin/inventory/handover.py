@@ -64,6 +64,10 @@ class HandoverTracker:
         # by server, then by device ID: since when (monotonic), the longest wait first. None: no known server.
         self._released: dict[ServerKey | None, dict[str, float]] = {}
         self._distrusted: dict[ServerKey, dict[DeviceKey, float]] = {}
+        # Devices that another node has attached, and that the server has listed ever since. True: since the holder's
+        # import, as this process saw it; False: since this process first saw the lock.
+        self._always_listed: dict[DeviceKey, bool] = {}
+        locks.expiry.on_listed_in_use = self._listed_in_use
 
     def released(self, device_ids: Collection[str] | None = None) -> frozenset[str]:
         """Returns which of these devices (None for all) were released, and not polled for since their reset."""
@@ -71,13 +75,17 @@ class HandoverTracker:
             return frozenset().union(*self._released.values())
         return frozenset(i for i in device_ids if any(i in devices for devices in self._released.values()))
 
-    def servers_changed(self) -> None:
+    def servers_changed(self, view: ServerView) -> None:
         """Updates the lock manager's importable devices. To be called when a server's list or state has changed."""
+        for key in [key for key in self._always_listed if key.server == view.server and key not in view.exported]:
+            self._set_always_listed(key, None)
         distrusted = {key.id for keys in self._distrusted.values() for key in keys}
-        self._locks.expiry.set_importable(importable(self._poller.views) - distrusted)
+        evident = {server: view for server, view in self._poller.views.items() if not view.lists_in_use}
+        self._locks.expiry.set_importable(importable(evident) - distrusted)
 
     def lock_changed(self, change: LockChange) -> None:
         """Notes a device that another node has taken or written, or that its holder has released."""
+        self._note_attached(change)
         if change.old != change.new and change.holder not in ("", self._me):
             self._distrust_list(change)
         elif change.former and not change.holder and change.new is not None:
@@ -87,6 +95,40 @@ class HandoverTracker:
                 self._poller.poll_soon(server)
             if self._put_last(self._released.setdefault(server, {}), change.device_id):
                 self._spawn(self._after_releases(server))
+
+    def _note_attached(self, change: LockChange) -> None:
+        """Notes a device that its server lists when another node's lock first says that it is attached there.
+
+        An exclusive server hides it from the next list on. Until then, and for as long as a server never hides it, the
+        list does not show that the holder has lost the device.
+        """
+        old, new = change.old, change.new
+        key = next((lock.key for lock in (new, old) if lock is not None), None)
+        if key is None or old == new:
+            return
+        if new is None or new.holder in ("", self._me) or new.port is None:
+            self._set_always_listed(key, None)
+        elif old is None or old.port is None or old.epoch != new.epoch:
+            view = self._poller.view(key.server)
+            listed = view.find(key.busid) is not None or (old is None and view.state is ServerState.PENDING)
+            self._set_always_listed(key, old is not None if listed else None)
+
+    def _set_always_listed(self, key: DeviceKey, since_import: bool | None) -> None:
+        if self._always_listed.get(key) is since_import:
+            return
+        if since_import is None:
+            del self._always_listed[key]
+        else:
+            self._always_listed[key] = since_import
+        unproven = frozenset(key.id for key, since_import in self._always_listed.items() if since_import)
+        self._locks.expiry.set_unproven(unproven)
+
+    def _listed_in_use(self, device_id: str) -> None:
+        """Notes that the device's server lists devices in use, unless it has hidden the device under this holder."""
+        for key in self._always_listed:
+            if key.id == device_id:
+                self._poller.note_lists_in_use(key.server)
+                return
 
     def _distrust_list(self, change: LockChange) -> None:
         """Ignores what the server listed before another node wrote the lock: the device may be in use since then.
@@ -117,7 +159,8 @@ class HandoverTracker:
             await self._poller.polled_since(server, since)
             if waiting.get(key) == since:
                 del waiting[key]
-                if self._poller.view(server).find(key.busid) is not None:
+                view = self._poller.view(server)
+                if not view.lists_in_use and view.find(key.busid) is not None:
                     self._locks.expiry.importable_changed(key.id, importable=True)
 
     async def _after_releases(self, server: ServerKey | None) -> None:

@@ -183,7 +183,7 @@ class Inventory:
     def _server_changed(self, view: ServerView) -> None:
         now = self._clock.monotonic()
         self._replaced_devices.server_changed(view, self._locks.locks, self._handovers.released(), now)
-        self._handovers.servers_changed()
+        self._handovers.servers_changed(view)
         self.invalidate()
 
     async def run(self) -> None:

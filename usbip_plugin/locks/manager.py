@@ -86,7 +86,7 @@ class LockManager:
     locks: the newest known record of each lock, held or released, by device ID; live and read-only.
     rules: the lock rules, with which callers check during an import whether it may go on (R1).
     ready: set once the locks have been read.
-    is_listed(key): asks the device's server, right before a takeover, whether it lists the device as free (R4):
+    is_listed(key): asks the device's server, right before a takeover, whether it lists the device as free (R3, R4):
         `expiry` may be stale if this process was suspended. With None, `expiry` alone decides.
     on_acquire(result, seconds): called at the end of each acquire().
     """
@@ -167,7 +167,8 @@ class LockManager:
     async def acquire(self, key: DeviceKey, meta: LockMeta | None = None, *, claimed: bool = False) -> Grant:
         """Takes the lock, or writes it once more if this boot of this node holds it already (R2, R3, R4).
 
-        Raises LockHeld if another node holds it, LockUnavailable if the API server does not answer or refuses.
+        Raises LockHeld if another node holds it, LockUnavailable if another boot of this node does (R3), or if the API
+        server does not answer or refuses.
         If the call is cancelled or unavailable and its write takes effect after all, run() releases the lock again.
         With claimed=True, run() does not release it: the caller must, whatever the outcome of this call.
         """
@@ -177,11 +178,13 @@ class LockManager:
             nonlocal former
             importable = self.expiry.importable(key.id)
             observation = self.expiry.observation(key.id)
+            ask = protocol.of_another_boot(lease, self._me)
             if lease is not None and observation is not None and protocol.may_take_over(lease, observation):
                 observation = await self.expiry.confirm(lease)
                 # ask only after the expiry: by then every import under an earlier write has ended
-                if importable and self._is_listed is not None:
-                    importable = await self._is_listed(key)
+                ask = importable
+            if ask and self._is_listed is not None:
+                importable = await self._is_listed(key)
             decision = self.rules.decide_acquire(lease, key, meta or LockMeta(), write, observation, importable)
             taken = lease is not None and not isinstance(decision, Denied) and lease.holder not in ("", self._me.node)
             former = record.lock_of(lease) if lease is not None and taken else None
@@ -246,11 +249,14 @@ class LockManager:
             return record.lock_of((await self._amend(key, changes, identity)).lease)
 
     async def release(self, key: DeviceKey) -> None:
-        """Clears the holder if it is this node, under whichever boot. Does nothing otherwise.
+        """Clears the holder if it is this node. A lock of another boot is taken first, and so only as R3 allows.
 
-        Raises LockUnavailable if the API server does not answer or refuses. The caller must have freed the port (R5).
+        Does nothing if another node holds the lock. Raises the errors of acquire(). The caller must have freed the port
+        (R5).
         """
         with span(self._tracer, "lock.release", device_attributes(key)):
+            if protocol.of_another_boot(self._view.lease(key.id), self._me):
+                await self.acquire(key, claimed=True)
             async with self._device_lock(key.id):
                 await self._writer.drive(key, self._decide_release)
 
@@ -272,7 +278,7 @@ class LockManager:
         Raises LockHeld or LockUnavailable if the write was denied, LockLost if the lock was lost before the second one.
         """
         if isinstance(outcome, Denied):
-            raise _held(key, outcome.lease)
+            raise _held(key, outcome.lease, self._me)
         if self._clock.monotonic() - outcome.sent_at > self.settings.import_window / 2:
             outcome = await self._amend(key, {})
         return self._grant(outcome)
@@ -347,9 +353,11 @@ class LockManager:
         return self.rules.decide_release(lease, write)
 
 
-def _held(key: DeviceKey, lease: Lease | None) -> LockError:
+def _held(key: DeviceKey, lease: Lease | None, me: NodeIdentity) -> LockError:
     if lease is None:
         return LockUnavailable(str(key), "its Lease was deleted meanwhile")
+    if protocol.of_another_boot(lease, me):
+        return LockUnavailable(str(key), "another boot of this node holds it, and its server does not list it as free")
     lock = record.lock_of(lease)
     since = lock.acquired_at.isoformat(timespec="seconds") if lock.acquired_at is not None else None
     return LockHeld(str(key), lock.holder, str(lock.pod) if lock.pod is not None else None, since)

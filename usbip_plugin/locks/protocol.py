@@ -2,10 +2,11 @@
 
 R1 Write before touch: within the import window before an import, a compare-and-swap write on the lock has succeeded.
 R2 Free: no object, or an empty holder.
-R3 Mine: the holder is this node, in this boot.
+R3 Mine: by node and by boot. Another boot of this node: only if the server, asked then, lists the device as free.
 R4 Expired: unchanged for a whole duration, and after that the server, asked again, lists the device as free.
+   The list of a server that was seen to list devices in use shows nothing.
 R5 Release only when the local port is free (the caller's duty).
-R6 Lost: the holder is another node, another boot, or nobody.
+R6 Lost: the holder is another node, another boot, or nobody. A lock that nobody holds is taken again first.
 R7 API server unreachable: nothing new is taken, nothing held is released.
 
 The Lease is not a fence. The USB/IP server is: it exports a device to one client at a time. The rules ensure that no
@@ -26,7 +27,7 @@ from datetime import datetime
 
 from usbip_plugin.locks import record
 from usbip_plugin.locks.record import Lease
-from usbip_plugin.model import DeviceKey, Identity, NodeIdentity
+from usbip_plugin.model import DeviceKey, Identity, Lock, NodeIdentity
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,14 +139,16 @@ def decide_acquire(
     """Decides whether and how this node may take the lock on key (R2, R3, R4).
 
     importable: whether the server, asked after the lock had expired, lists the device as free. An older answer does not
-    count: an import under the last write may have succeeded since.
+    count: an import under the last write may have succeeded since. Nor does the answer of a server that lists devices
+    in use.
     """
     if lease is None:
         return Create(_taken(Lease(name=key.id, labels=record.LOCK_LABELS), key, meta, write))
     if is_mine(lease, write.me):
         return Replace(_stamped(lease, write, _meta_notes(lease, key, meta)))
-    ours = is_free(lease) or lease.holder == write.me.node
-    if ours or (importable and may_take_over(lease, observation)):
+    # two machines can have one name: the one that holds the lock under another boot id may be alive
+    given_up = of_another_boot(lease, write.me) or may_take_over(lease, observation)
+    if is_free(lease) or (importable and given_up):
         return Replace(_taken(lease, key, meta, write))
     return Denied(lease)
 
@@ -161,12 +164,15 @@ def decide_amend(lease: Lease | None, write: Write, changes: Mapping[str, str | 
 
 
 def decide_release(lease: Lease | None, write: Write) -> Decision:
-    """Decides to clear the holder if it is this node, under whichever boot (R5). Returns Denied if it is not.
+    """Decides to clear the holder if it is this boot of this node (R5). Returns Denied if it is not."""
+    return released(lease, write) if lease is not None and is_mine(lease, write.me) else Denied(lease)
+
+
+def released(lease: Lease, write: Write) -> Replace:
+    """Returns the write that clears the holder of a lock, whoever it is. Only a person may write it for another node.
 
     Keeps what describes the device, and the last holder's traceparent, to which other nodes link their next steps.
     """
-    if lease is None or lease.holder != write.me.node:
-        return Denied(lease)
     gone = dict.fromkeys((record.BOOT_ID, record.PORT, record.POD, record.IN_PLACE_OF))
     notes = record.merged_annotations(lease.annotations, {**gone, record.WRITE_ID: write.write_id})
     return Replace(replace(lease, holder="", renew_time=write.at, annotations=notes))
@@ -202,6 +208,40 @@ def is_mine(lease: Lease | None, me: NodeIdentity) -> bool:
     return lease is not None and lease.holder == me.node and lease.annotations.get(record.BOOT_ID) == me.boot_id
 
 
+def of_another_boot(lease: Lease | None, me: NodeIdentity) -> bool:
+    """Returns whether a machine of this node's name holds the lock under another boot id (R3).
+
+    Usually that is the kernel before a reboot. It can also be another machine, which is cut off but alive.
+    """
+    return lease is not None and lease.holder == me.node and not is_mine(lease, me)
+
+
+class Loss(enum.Enum):
+    """What to do about an attachment, after a look at its lock (R6)."""
+
+    NONE = enum.auto()
+    """The lock is this boot's. Nothing is lost."""
+    REGAIN = enum.auto()
+    """Nobody holds the lock, and no person has released it: take it again, and keep the attachment."""
+    WAIT = enum.auto()
+    """Another holder has the lock, but its import may still be refused, because the server has exported it here."""
+    DETACH = enum.auto()
+    """The device must be detached: a person has released it, or another holder keeps the lock."""
+
+
+def decide_loss(lock: Lock | None, me: NodeIdentity, held_for: float, import_window: float) -> Loss:
+    """Decides what becomes of an attachment whose lock has changed (R6).
+
+    held_for: seconds for which this node has seen other holders in the lock.
+    import_window: seconds after which a new holder has imported the device, or releases the lock again.
+    """
+    if lock is None or lock.holder == "":
+        return Loss.DETACH if lock is not None and lock.by_hand else Loss.REGAIN
+    if (lock.holder, lock.boot_id) == (me.node, me.boot_id):
+        return Loss.NONE
+    return Loss.WAIT if held_for < import_window else Loss.DETACH
+
+
 def observe(
     previous: Observation | None,
     lock: Lease,
@@ -227,6 +267,19 @@ def observe(
 def expired(observation: Observation) -> bool:
     """Returns whether a lock was seen unchanged for its whole duration (R4)."""
     return observation.seen - observation.since >= observation.duration
+
+
+def lives(before: Observation | None, after: Observation, first: float) -> bool:
+    """Returns whether a holder was alive for a whole duration in which it did not write this lock.
+
+    A holder that has lost its device writes the lock at each try to attach it again. So the device of such a holder is
+    in use, and a server that has listed it all the time lists devices in use.
+
+    first: when the lock was first seen so (monotonic seconds).
+    """
+    if before is None or before.lock_version != after.lock_version or not after.session_version:
+        return False
+    return before.session_version != after.session_version and after.seen - first >= after.duration
 
 
 def may_take_over(lease: Lease, observation: Observation | None) -> bool:

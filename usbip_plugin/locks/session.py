@@ -14,7 +14,7 @@ from collections.abc import Callable
 from usbip_plugin.clock import Clock, backoff
 from usbip_plugin.errors import KubeConflict, KubeError, KubeNotFound
 from usbip_plugin.locks import record
-from usbip_plugin.locks.protocol import Create, Denied, Observation, Rules, Write, expired, is_free
+from usbip_plugin.locks.protocol import Create, Denied, Observation, Rules, Write, expired, is_free, lives
 from usbip_plugin.locks.record import Lease, LeaseStore
 from usbip_plugin.locks.watch import LockCache
 from usbip_plugin.sync import done_within
@@ -114,6 +114,8 @@ class ExpiryWatch:
     """The observation of each lock that another node holds on an importable device (R4). run() must be running.
 
     notify(device_id): called when a lock expires, and when an expired lock no longer counts as expired.
+    on_listed_in_use(device_id): called when a server has listed a device for a whole duration although a holder had it:
+        the holder lives and did not write the lock (protocol.lives), or the device is unproven.
     """
 
     def __init__(
@@ -129,7 +131,10 @@ class ExpiryWatch:
         self._store, self._view, self._node, self._clock = store, view, node, clock
         self._duration, self._rules, self._notify = duration, rules, notify
         self._importable: set[str] = set()
+        self._unproven: frozenset[str] = frozenset()
         self._observed: dict[str, Observation] = {}
+        self._first: dict[str, float] = {}  # device ID -> when the observation of this lock version began
+        self.on_listed_in_use: Callable[[str], None] = lambda _device_id: None
         self._wake = asyncio.Event()
 
     def set_importable(self, device_ids: frozenset[str]) -> None:
@@ -152,18 +157,26 @@ class ExpiryWatch:
     def importable(self, device_id: str) -> bool:
         return device_id in self._importable
 
+    def set_unproven(self, device_ids: frozenset[str]) -> None:
+        """Sets the devices that are listed, but whose list does not show that their holder has lost them.
+
+        Their locks are observed and do not expire.
+        """
+        self._unproven = device_ids
+
     def observation(self, device_id: str) -> Observation | None:
-        return self._observed.get(device_id)
+        return self._observed.get(device_id) if device_id not in self._unproven else None
 
     def lock_changed(self, device_id: str) -> None:
         """Begins the observation of a lock anew. To be called whenever the LockCache has another record of it."""
         self._observed.pop(device_id, None)
+        self._first.pop(device_id, None)
         self._wake_for(device_id)
 
     async def confirm(self, lease: Lease) -> Observation | None:
         """Reads the holder's session again. Returns the lock's observation, None if not observed. Raises KubeError."""
         await self._read_session(lease.holder, [lease])
-        return self._observed.get(lease.name)
+        return self.observation(lease.name)
 
     async def run(self) -> None:
         """Reads the sessions of other holders in rounds. Runs until cancelled."""
@@ -196,10 +209,12 @@ class ExpiryWatch:
             try:
                 await self._read_session(holder, leases)
             except KubeError as error:
-                # A failed read leaves every observation as it is: only a confirmed observation can expire (R4).
+                # R4: the holder may be without the API server as this node is, so the observation begins anew
                 logger.debug(
                     "session of lock holder not read", extra={"holder": record.holder_text(holder), "cause": str(error)}
                 )
+                for device_id in tuple(self._observed):
+                    self._forget(device_id)
                 return False
         return True
 
@@ -216,6 +231,9 @@ class ExpiryWatch:
         before = self._observed.get(lease.name)
         after = self._rules.observe(before, lease, session, asked_at, self._clock.monotonic(), self._duration)
         self._observed[lease.name] = after
+        alive = lives(before, after, self._first.setdefault(lease.name, after.since))
+        if alive or (expired(after) and lease.name in self._unproven):
+            self.on_listed_in_use(lease.name)
         if expired(after) != (before is not None and expired(before)):
             self._notify(lease.name)
 
@@ -235,5 +253,6 @@ class ExpiryWatch:
 
     def _forget(self, device_id: str) -> None:
         observation = self._observed.pop(device_id, None)
+        self._first.pop(device_id, None)
         if observation is not None and expired(observation):
             self._notify(device_id)

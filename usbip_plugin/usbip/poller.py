@@ -82,6 +82,7 @@ class ServerView:
     answered: when the server last answered (monotonic seconds), None if it never did.
     removed: the bus IDs of the good list before that are missing from `devices`.
     stays: by bus ID, for the devices listed now and those missing for less than ABSENCE at the last change.
+    lists_in_use: whether this process has seen the server list a device in use. Its list shows no device as free then.
     """
 
     server: ServerKey
@@ -93,6 +94,7 @@ class ServerView:
     removed: frozenset[str] = field(default=frozenset(), compare=False)
     stays: Mapping[str, Stay] = field(default_factory=dict, repr=False, compare=False)
     by_busid: Mapping[str, Descriptor] = field(init=False, repr=False, compare=False)
+    lists_in_use: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "by_busid", {device.busid: device for device in self.devices})
@@ -120,7 +122,10 @@ def listed(view: ServerView, devices: Iterable[Descriptor], now: float) -> Serve
         known = stay is not None and stay.devid == device.devid
         stays[device.busid] = Stay(device.devid, stay.since if stay is not None and known else now)
     removed = view.by_busid.keys() - {device.busid for device in found}
-    return ServerView(view.server, ServerState.REACHABLE, found, answered=now, removed=frozenset(removed), stays=stays)
+    return replace(
+        ServerView(view.server, ServerState.REACHABLE, found, answered=now, removed=frozenset(removed), stays=stays),
+        lists_in_use=view.lists_in_use,
+    )
 
 
 def failed(view: ServerView, error: str, now: float) -> ServerView:
@@ -189,6 +194,7 @@ class ServerPoller:
         self._fleet = fleet or SingleNode()
         self._interval, self._timeout = interval, timeout
         self._views: dict[ServerKey, ServerView] = {}
+        self._listing_in_use: set[ServerKey] = set()  # at most the servers that were ever configured
         self._asked: dict[ServerKey, float] = {}
         self._polled = Broadcast()
         self._requests: dict[ServerKey, asyncio.Event] = {}
@@ -214,7 +220,10 @@ class ServerPoller:
 
     def set_servers(self, servers: frozenset[ServerKey]) -> None:
         """Sets the servers to poll from now on. May be called at any time. Keeps the views of servers that stay."""
-        self._views = {server: self.view(server) for server in sorted(servers)}
+        self._views = {
+            server: replace(self.view(server), lists_in_use=server in self._listing_in_use)
+            for server in sorted(servers)
+        }
         self._asked = {server: at for server, at in self._asked.items() if server in servers}
         self._servers_changed.set()
         self._polled.fire()
@@ -244,12 +253,22 @@ class ServerPoller:
         await self._polled.until(lambda: server not in self._views or self._asked.get(server, -math.inf) >= moment)
 
     async def is_exported(self, key: DeviceKey) -> bool:
-        """Asks the server, as fetch() does, whether it lists this device. Returns False if it does not answer."""
+        """Asks the server, as fetch() does, whether it lists this device as free.
+
+        Returns False if it does not answer, or if it was seen to list devices in use: its list is no evidence then.
+        """
         try:
-            return await self.fetch(key) is not None
+            return await self.fetch(key) is not None and key.server not in self._listing_in_use
         except UsbipError as error:
             log.debug("cannot ask server for device", extra={"device": str(key), "cause": str(error)})
             return False
+
+    def note_lists_in_use(self, server: ServerKey) -> None:
+        """Records that this server lists a device that is in use. Counts for as long as this process lives."""
+        if server not in self._listing_in_use and server in self._views:
+            self._listing_in_use.add(server)
+            log.warning("server lists devices in use, no takeover by its list", extra={"server": str(server)})
+            self._update(server, partial(replace, lists_in_use=True))
 
     async def fetch(self, key: DeviceKey) -> Descriptor | None:
         """Asks the server at once, besides all polls, for its entry of this device.
