@@ -15,7 +15,7 @@ from tests.fuzz.fuzz_target import Target, attempt, drive, fit_to_raise, fit_to_
 from usbip_plugin.attach.adopt import decide_adoption
 from usbip_plugin.cli import devices
 from usbip_plugin.clock import SystemClock
-from usbip_plugin.errors import KubeError, KubeThrottled, LockHeld, PluginError, UnknownDevice
+from usbip_plugin.errors import KubeError, KubeThrottled, LockError, PluginError, UnknownDevice
 from usbip_plugin.kube import responses
 from usbip_plugin.kube.pods import OwnPods
 from usbip_plugin.kubelet import deviceplugin_pb2, podresources_pb2
@@ -74,7 +74,7 @@ def apply_rules(lease: Lease) -> None:
     decide_adoption(lock, ME, attached=True, used=None)
     assert len(record.session_name(lease.holder)) <= 253
     held = _held(KEY, lease, ME)
-    assert isinstance(held, LockHeld)
+    assert isinstance(held, LockError)
     fit_to_raise(held, 1200)
     decisions = [
         protocol.decide_acquire(lease, KEY, LockMeta(identity=Identity(1 << 16 | 2, "S")), WRITE, None, True),

@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from typing import NamedTuple
 
 from usbip_plugin.locks import protocol, record
-from usbip_plugin.locks.protocol import Create, Decision, Denied, LockMeta, LockStatus, Observation, Rules, Write
+from usbip_plugin.locks.protocol import Create, Decision, Denied, LockMeta, LockStatus, Loss, Observation, Rules, Write
 from usbip_plugin.locks.record import Lease
 from usbip_plugin.model import DeviceKey, NodeIdentity, ServerKey
 
@@ -37,7 +37,8 @@ KEEPS_LOST = "R6: a node keeps a device whose lock, as it has read, is not its o
 SAME_EPOCH = "R3: the epoch does not tell one holder, or one boot of a holder, from the next"
 LEFT_OVER = "R3: what was written by another holder, or under another boot, is left on the lock"
 NOT_QUIET = "R4: a lock is taken though it, or its holder's session, changed within the duration"
-PROMISES = frozenset({TWO_IMPORTS, NOT_NAMED, KEEPS_LOST, SAME_EPOCH, LEFT_OVER, NOT_QUIET})
+TOO_SOON = "R6: a node detaches a device, though nobody else holds its lock, or not for a whole import window"
+PROMISES = frozenset({TWO_IMPORTS, NOT_NAMED, KEEPS_LOST, SAME_EPOCH, LEFT_OVER, NOT_QUIET, TOO_SOON})
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,10 @@ class Bounds:
     amends: the holder's other writes (renewal, port, pod) happen.
     beats: nodes have sessions.
     slow: reading a session takes time, and the quiet time of lock and session is recorded to check R4.
-    meddling: somebody may empty the lock by hand; then only the reaction of each node is checked.
+    meddling: somebody may empty the lock; then only the reaction of each node is checked.
+    twins: a new machine may take the name of one that has the device, is cut off and goes on.
+    lists_in_use: the server lists the device even if it is in use, and the nodes know that.
+    outages: there are times in which a node cannot read lock and session.
     """
 
     settings: tuple[tuple[float, float], ...] = ((6.0, 2.5),) * 2
@@ -61,6 +65,9 @@ class Bounds:
     reboots: bool = True
     slow: bool = False
     meddling: bool = False
+    twins: bool = False
+    lists_in_use: bool = False
+    outages: bool = False
 
     @property
     def longest(self) -> float:
@@ -74,6 +81,8 @@ class Habits:
     counts_from_answer: bool = False  # R1
     trusts_old_lists: bool = False  # R4: uses the last list instead of a new one
     ignores_lists: bool = False  # R4
+    believes_every_list: bool = False  # R4: also that of a server that lists devices in use
+    counts_outages: bool = False  # R4: goes on with an observation after an outage
     lets_go_while_attached: bool = False  # R5
     takes_silence_for_yes: bool = False  # R7
 
@@ -141,6 +150,8 @@ class Node(NamedTuple):
     observation: its observation of another node's lock; "1" is the present version.
     quiet: see Bounds.slow.
     informed: it has read that the lock is another node's, and has the device attached.
+    lost: time since it has read that another node holds the lock of the device that it has attached.
+    twin: another machine of its name, with an earlier boot, has the device.
     """
 
     duration: float
@@ -155,6 +166,8 @@ class Node(NamedTuple):
     reading: Reading | None = None
     quiet: float = 0.0
     informed: bool = False
+    lost: float | None = None
+    twin: bool = False
 
 
 class Beat(enum.Enum):
@@ -190,13 +203,17 @@ class Model:
         """Returns whether the node has the device, or has an import under way that may still succeed (R1)."""
         return node.use is Use.ATTACHED or (node.use is Use.IMPORTING and self.may_import(node.until))
 
+    def users(self, node: Node) -> int:
+        """Returns how many machines of this node's name have the device, or may still import it."""
+        return int(self.live(node)) + int(node.twin)
+
     def broken(self, node: Node) -> str | None:
         """Returns the promise about a single node that this node breaks."""
         if node.use is Use.ATTACHED and node.informed:
             return KEEPS_LOST
         if self.bounds.meddling:
             return None
-        if self.live(node) and node.holds is not Hold.NOW:
+        if (self.live(node) and node.holds is not Hold.NOW) or (node.twin and node.holds is not Hold.OLD):
             return NOT_NAMED
         return None
 
@@ -235,7 +252,10 @@ class Model:
         yield from self._use(node)
         yield from self._die(node)
         if self.bounds.meddling and node.use is Use.ATTACHED and lock is not LockView.MINE:
-            yield self._withdraw(node, lease)
+            yield from self._withdraw(node, lease)
+        if self.bounds.outages and lease is not None and lease.holder not in ("", ME.node):
+            observation = node.observation if self.habits.counts_outages else None
+            yield Step("cannot read for a while", node._replace(observation=observation, reading=None, quiet=0.0))
         if self.bounds.beats and (node.holds is not Hold.NO or node.operation is not None):
             decision = self.rules.decide_session(self.session(node.duration), self.write(node))
             assert not isinstance(decision, Denied)
@@ -260,6 +280,8 @@ class Model:
     def _listed(self, node: Node, unused: bool) -> bool:
         if self.habits.ignores_lists:
             return True
+        if self.bounds.lists_in_use:
+            return self.habits.believes_every_list
         return node.listed if self.habits.trusts_old_lists else unused
 
     # R2, R3, R4: acquire; R1, R6: renew
@@ -359,24 +381,44 @@ class Model:
             else:
                 yield Step("its import is over, or too late", node._replace(use=Use.IDLE, until=None))
         elif node.use is Use.ATTACHED:
-            yield Step("detaches, or the server let it drop", node._replace(use=Use.IDLE, informed=False))
+            yield Step("detaches, or the server let it drop", node._replace(use=Use.IDLE, informed=False, lost=None))
+        if node.twin:
+            yield Step("the cut-off machine lets the device go", node._replace(twin=False))
 
-    def _withdraw(self, node: Node, lease: Lease | None) -> Step:
-        """Returns the step in which the watch shows the present lock (R6)."""
-        lost = isinstance(self.rules.decide_amend(lease, self.write(node), {}), Denied)
-        return Step("sees that the lock is lost", node._replace(informed=not lost, use=Use.IDLE if lost else node.use))
+    def _withdraw(self, node: Node, lease: Lease | None) -> Iterator[Step]:
+        """Yields the steps in which the watch shows a lock that is not this node's (R6)."""
+        lock = record.lock_of(lease) if lease is not None else None
+        held = lock is not None and lock.holder != ""
+        loss = self.rules.decide_loss(lock, ME, node.lost or 0.0, node.window)
+        late = node.lost is not None and node.lost >= node.window
+        match loss:
+            case Loss.REGAIN if node.operation is None:
+                decision = self.rules.decide_acquire(lease, KEY, META, self.write(node), None, False)
+                target, broken = self.target(lease, decision)
+                if target is not None:
+                    operation = Operation(target, (Sent(0.0, landed=False),))
+                    yield Step("sends, to regain", node._replace(operation=operation, lost=None), broken=broken)
+            case Loss.WAIT if not late:
+                yield Step("sees another holder", node._replace(lost=node.lost or 0.0))
+            case Loss.DETACH:
+                broken = None if held and late else TOO_SOON
+                yield Step("detaches for another holder", node._replace(use=Use.IDLE, lost=None), broken=broken)
+            case Loss.NONE | Loss.WAIT:
+                yield Step("sees the loss and keeps the device", node._replace(informed=True))
 
     # the end of a process, or of a kernel
 
     def _die(self, node: Node) -> Iterator[Step]:
         strays = self._strays(node, node.operation) if node.operation is not None else node.strays
-        blank = Node(node.duration, node.window, holds=node.holds, strays=strays, quiet=node.quiet)
+        blank = Node(node.duration, node.window, holds=node.holds, strays=strays, quiet=node.quiet, twin=node.twin)
         attached = node.use is Use.ATTACHED
         yield Step("plugin dies and starts anew", blank._replace(use=Use.ATTACHED if attached else Use.IDLE))
         if self.bounds.reboots:
             old = Hold.OLD if node.holds is not Hold.NO else Hold.NO
             strays = tuple(sorted({stray._replace(hold=Hold.OLD) if stray.holder else stray for stray in strays}))
             yield Step("node reboots", blank._replace(holds=old, strays=strays))
+            if self.bounds.twins and attached and not node.twin:
+                yield Step("a new machine takes its name", blank._replace(holds=old, strays=strays, twin=True))
 
     # effects on a node
 
@@ -391,7 +433,15 @@ class Model:
             version = observation.session_version if same_holder else "0" * bool(observation.session_version)
             observation = replace(observation, lock_version="0", session_version=version)
         return self.tidy(
-            node._replace(holds=holds, operation=operation, strays=(), observation=observation, reading=None, quiet=0.0)
+            node._replace(
+                holds=holds,
+                operation=operation,
+                strays=(),
+                observation=observation,
+                reading=None,
+                quiet=0.0,
+                lost=node.lost if holds is not Hold.NOW else None,
+            )
         )
 
     def beaten(self, node: Node) -> Node:
@@ -414,6 +464,8 @@ class Model:
         after = node._replace(observation=observation, reading=reading, operation=operation)
         if node.until is not None:
             after = after._replace(until=node.until - rate)
+        if node.lost is not None:
+            after = after._replace(lost=min(node.lost + rate, node.window))
         if self.bounds.slow and others:
             after = after._replace(quiet=node.quiet + rate)
         return self.tidy(after)
@@ -521,6 +573,9 @@ class Model:
     ) -> None:
         """Checks that the advertised status agrees with the decision."""
         if self.rules.decide_acquire is protocol.decide_acquire:
+            if protocol.of_another_boot(lease, ME):
+                assert isinstance(decision, Denied) == (not listed)
+                return
             status = protocol.lock_status(lease, ME, observation if listed else None)
             assert isinstance(decision, Denied) == (status is LockStatus.HELD), (lease, observation)
 

@@ -11,18 +11,20 @@ from tests.model.lock_model import (
     NOT_NAMED,
     NOT_QUIET,
     SAME_EPOCH,
+    TOO_SOON,
     TWO_IMPORTS,
     Bounds,
     Habits,
     Model,
 )
 from usbip_plugin.locks import protocol, record
-from usbip_plugin.locks.protocol import Decision, LockMeta, Observation, Replace, Rules, Write
+from usbip_plugin.locks.protocol import Decision, Denied, LockMeta, Loss, Observation, Replace, Rules, Write
 from usbip_plugin.locks.record import Lease
-from usbip_plugin.model import DeviceKey
+from usbip_plugin.model import DeviceKey, Lock, NodeIdentity
 
 UNEVEN = ((15.0, 7.0), (6.0, 2.5))
 SLOW = Bounds(slow=True, amends=False, reboots=False)
+LOSSES = Bounds(meddling=True, amends=False)
 
 
 def never_late(_deadline: float, _now: float) -> bool:
@@ -102,7 +104,7 @@ def seen_when_answered(
 
 
 def whoever_has_it(lease: Lease | None, write: Write) -> Decision:
-    return protocol.decide_release(replace(lease, holder=write.me.node) if lease is not None else None, write)
+    return protocol.released(lease, write) if lease is not None else Denied(lease)
 
 
 def amended_by_anybody(lease: Lease | None, write: Write, changes: Mapping[str, str | None]) -> Decision:
@@ -113,6 +115,30 @@ def amended_by_anybody(lease: Lease | None, write: Write, changes: Mapping[str, 
     assert isinstance(decision, Replace)
     notes = {**decision.lease.annotations, record.BOOT_ID: lease.annotations.get(record.BOOT_ID, "")}
     return Replace(replace(decision.lease, holder=lease.holder, annotations=notes))
+
+
+def another_boot_is_free(
+    lease: Lease | None, key: DeviceKey, meta: LockMeta, write: Write, seen: Observation | None, listed: bool
+) -> Decision:
+    return protocol.decide_acquire(lease, key, meta, write, seen, listed or protocol.of_another_boot(lease, write.me))
+
+
+def released_under_any_boot(lease: Lease | None, write: Write) -> Decision:
+    mine = lease is not None and lease.holder == write.me.node
+    return protocol.released(lease, write) if lease is not None and mine else Denied(lease)
+
+
+def detached_at_once(lock: Lock | None, me: NodeIdentity, _held_for: float, window: float) -> Loss:
+    loss = protocol.decide_loss(lock, me, math.inf, window)
+    return Loss.DETACH if loss is Loss.REGAIN else loss
+
+
+def without_a_wait(lock: Lock | None, me: NodeIdentity, _held_for: float, window: float) -> Loss:
+    return protocol.decide_loss(lock, me, math.inf, window)
+
+
+def never_detached(lock: Lock | None, me: NodeIdentity, _held_for: float, window: float) -> Loss:
+    return protocol.decide_loss(lock, me, 0.0, window)
 
 
 @dataclass(frozen=True)
@@ -146,6 +172,27 @@ MUTANTS = (
     Mutant("R2", "taken-from-whoever-holds-it", rules=Rules(decide_acquire=whoever_holds_it)),
     Mutant("R3", "any-boot-is-mine", SAME_EPOCH, rules=Rules(decide_acquire=any_boot_is_mine), safe=True),
     Mutant("R3", "boot-is-not-written", NOT_NAMED, rules=Rules(decide_acquire=boot_is_not_written), safe=True),
+    Mutant(
+        "R3",
+        "another-boot-is-free",
+        rules=Rules(decide_acquire=another_boot_is_free),
+        bounds=Bounds(twins=True),
+    ),
+    Mutant(
+        "R3",
+        "released-under-any-boot",
+        NOT_NAMED,
+        rules=Rules(decide_release=released_under_any_boot),
+        bounds=Bounds(twins=True),
+    ),
+    Mutant("R4", "every-list-is-evidence", habits=Habits(believes_every_list=True), bounds=Bounds(lists_in_use=True)),
+    Mutant(
+        "R4",
+        "observed-through-an-outage",
+        NOT_QUIET,
+        habits=Habits(counts_outages=True),
+        bounds=replace(SLOW, outages=True),
+    ),
     Mutant("R4", "half-the-duration", rules=Rules(observe=half_of_it)),
     Mutant("R4", "own-duration-only", rules=Rules(observe=own_duration_only), bounds=Bounds(settings=UNEVEN)),
     Mutant("R4", "observation-not-begun-again", rules=Rules(observe=not_begun_again)),
@@ -157,8 +204,8 @@ MUTANTS = (
     Mutant("R5", "let-go-while-attached", habits=Habits(lets_go_while_attached=True)),
     Mutant("R5", "let-go-for-whoever-has-it", rules=Rules(decide_release=whoever_has_it)),
     Mutant("R6", "amended-by-anybody", rules=Rules(decide_amend=amended_by_anybody)),
-    Mutant(
-        "R6", "loss-not-noticed", KEEPS_LOST, rules=Rules(decide_amend=amended_by_anybody), bounds=Bounds(meddling=True)
-    ),
+    Mutant("R6", "kept-for-ever", KEEPS_LOST, rules=Rules(decide_loss=never_detached), bounds=LOSSES),
+    Mutant("R6", "detached-without-a-holder", TOO_SOON, rules=Rules(decide_loss=detached_at_once), bounds=LOSSES),
+    Mutant("R6", "detached-without-a-wait", TOO_SOON, rules=Rules(decide_loss=without_a_wait), bounds=LOSSES),
     Mutant("R7", "silence-taken-for-yes", habits=Habits(takes_silence_for_yes=True)),
 )

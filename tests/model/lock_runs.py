@@ -19,7 +19,10 @@ QUICK: Mapping[str, Bounds] = {
     "two nodes with different settings": Bounds((FINE, COARSE)),
     "two nodes without sessions": Bounds(beats=False),
     "two nodes, sessions that are slow to read": Bounds(slow=True, amends=False, reboots=False),
-    "two nodes, locks emptied by hand": Bounds(meddling=True),
+    "two nodes, locks emptied under a device in use": Bounds(meddling=True, amends=False),
+    "two nodes, two machines of one name": Bounds(twins=True),
+    "two nodes, a server that lists devices in use": Bounds(lists_in_use=True),
+    "two nodes, outages, sessions that are slow to read": Bounds(slow=True, amends=False, reboots=False, outages=True),
     "three nodes that do not reboot": Bounds((COARSE,) * 3, amends=False, reboots=False),
 }
 LONG: Mapping[str, Bounds] = {

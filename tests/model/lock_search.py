@@ -83,7 +83,7 @@ class Search:
         self.bounds = model.bounds
         self._book: dict[Node, int] = {}
         self._nodes: list[Node] = []
-        self._live: list[bool] = []
+        self._users: list[int] = []
         self._broken: list[str | None] = []
         self._steps: dict[tuple[int, int, float], list[Known]] = {}
         self._ticks: dict[tuple[int, bool], tuple[int, ...]] = {}
@@ -130,14 +130,14 @@ class Search:
     def check(self, world: World) -> str | None:
         """Returns the promise that a state breaks."""
         broken = [self._broken[node] for node in world.nodes]
-        if sum(self._live[node] for node in world.nodes) > 1 and not self.bounds.meddling:
+        if sum(self._users[node] for node in world.nodes) > 1 and not self.bounds.meddling:
             broken.insert(0, TWO_IMPORTS)
         return next((promise for promise in broken if promise in self.promises), None)
 
     def moves(self, world: World) -> Iterator[Move]:
         nodes, exists = world
         holder = next((i for i, node in enumerate(nodes) if self._nodes[node].holds), None)
-        attached = any(self._nodes[node].use is Use.ATTACHED for node in nodes)
+        attached = any(self._nodes[node].use is Use.ATTACHED or self._nodes[node].twin for node in nodes)
         done: set[tuple[int, bool]] = set()
         for i, node in enumerate(nodes):
             if (node, i == holder) in done:
@@ -163,7 +163,7 @@ class Search:
                     yield Move(i, label, World(self._write(moved, i, holder, effect), exists=True), broken)
         if self.bounds.meddling and holder is not None:
             moved = self._write(nodes, -1, holder, Target("", Hold.NO))
-            yield Move(None, "somebody empties the lock by hand", World(moved, exists), None)
+            yield Move(None, "somebody empties the lock", World(moved, exists), None)
         choices = [self._tick(node, holder not in (None, i)) for i, node in enumerate(nodes)]
         for after_tick in set(itertools.product(*choices)):
             if after_tick != nodes:
@@ -210,7 +210,7 @@ class Search:
             number = self._book[node] = len(self._nodes)
             assert number <= MASK
             self._nodes.append(node)
-            self._live.append(self.model.live(node))
+            self._users.append(self.model.users(node))
             self._broken.append(self.model.broken(node))
         return number
 
@@ -249,6 +249,8 @@ class Search:
             words.append("has the lock" + (" under its old boot" if node.holds is Hold.OLD else ""))
         if node.use is Use.ATTACHED:
             words.append("has the device")
+        if node.twin:
+            words.append("a cut-off machine of its name has the device")
         if node.until is not None:
             doing = "imports" if node.use is Use.IMPORTING else "may import"
             words.append(f"{doing} for {node.until:g}" if self.model.may_import(node.until) else f"{doing}, too late")

@@ -59,6 +59,18 @@ def test_everything_happens() -> None:
     }
 
 
+def test_everything_happens_to_a_device_in_use() -> None:
+    bounds = Bounds(meddling=True, twins=True, slow=True, outages=True, amends=False)
+    assert search(Model(bounds), most=20_000).moves >= {
+        "cannot read for a while",
+        "sees another holder",
+        "sends, to regain",
+        "detaches for another holder",
+        "a new machine takes its name",
+        "the cut-off machine lets the device go",
+    }
+
+
 @pytest.mark.parametrize("mutant", MUTANTS, ids=name)
 def test_a_wrong_rule_is_found(mutant: Mutant) -> None:
     result = search(mutant.model, frozenset({mutant.promise}))

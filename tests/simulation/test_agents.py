@@ -523,9 +523,24 @@ async def test_a_lock_taken_away_is_withdrawn_and_detached() -> None:
         node = await c.admitted(device)
         c.steal(device)
         await c.becomes(node, device, healthy=False)
+        assert not await c.settle(lambda: not node.attached(), LOCKS.import_window - 1), "node-z may let the lock go"
         assert await c.settle(lambda: node.attached() == frozenset(), 5)
         assert await c.settle(lambda: lab.importers("1-1") == 0, 1)
         assert c.holder(device) == "node-z", "another holder's lock stays"
+
+
+@stepped
+async def test_a_lock_that_its_taker_lets_go_is_taken_again_without_a_detach() -> None:
+    notices: list[DeviceEvent] = []
+    async with one_stick(notices=notices) as (c, lab, device):
+        node = await c.admitted(device)
+        c.steal(device)
+        await c.becomes(node, device, healthy=False)
+        c.backend.replace(replace(c.backend.leases[device.id], holder=""))
+        await c.becomes(node, device, healthy=True)
+        await asyncio.sleep(2 * LOCKS.import_window)
+        assert (c.holder(device), lab.table.granted, node.attached()) == ("node-a", 1, {device})
+        assert EventKind.LOCK_LOST not in [notice.what for notice in notices]
 
 
 @stepped
@@ -620,14 +635,22 @@ async def test_an_attachment_that_ended_when_its_lock_was_not_known_leaves_no_po
         assert await c.settle(lambda: not a.kernel.records["node-a"], 15)
 
 
+@pytest.mark.parametrize("restarted", [False, True])
 @stepped
-async def test_a_deleted_lease_detaches_a_pods_device_for_a_moment_only() -> None:
-    async with one_stick() as (c, _lab, device):
-        node = await c.admitted(device)
+async def test_a_deleted_lease_is_written_again_and_its_device_stays_attached(restarted: bool) -> None:
+    notices: list[DeviceEvent] = []
+    async with one_stick(notices=notices) as (c, lab, device):
+        node = await c.taken(device)
+        if restarted:
+            node.kill()
         c.backend.delete(device.id, c.backend.leases[device.id].resource_version)
-        assert await c.settle(lambda: not node.attached(), 5)
-        assert await c.settle(lambda: node.attached() == {device}, 5)
-        assert c.holder(device) == "node-a"
+        if restarted:
+            node.start()
+        assert await c.settle(lambda: c.holder(device) == "node-a", 5)
+        assert await c.settle(lambda: c.pod_of(device) == pod("p"), 10), "the new Lease names the pod"
+        await c.becomes(node, device, healthy=True)
+        assert (lab.table.granted, node.attached()) == (1, {device})
+        assert EventKind.LOCK_LOST not in [notice.what for notice in notices]
 
 
 @stepped
@@ -699,7 +722,8 @@ async def test_an_attachment_without_lock_and_pod_is_detached_by_the_next_proces
         (c.release_by_hand if released else c.steal)(device)
         a.end(pod("p"))
         a.start()
-        assert await c.settle(lambda: not a.attached() and not lab.importers(device.busid), SETTLE)
+        within = SETTLE if released else LOCKS.import_window + SETTLE
+        assert await c.settle(lambda: not a.attached() and not lab.importers(device.busid), within)
         assert await c.settle(lambda: not a.held_in(ClaimState.LOST), 60), "no pod waits for it"
         assert c.holder(device) == ("" if released else "node-z")
         assert not released or await b.admit(pod("q"), "stick") is None

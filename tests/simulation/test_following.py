@@ -268,7 +268,7 @@ async def test_a_device_is_detached_when_either_of_its_locks_is_taken_away(place
         lost = HOME if own else place
         c.steal(lost)
         await c.becomes(node, HOME, healthy=False)
-        assert await c.settle(lambda: not node.attached() and to.importers(place.busid) == 0, 5)
+        assert await c.settle(lambda: not node.attached() and to.importers(place.busid) == 0, 15)
         assert c.holder(lost) == "node-z"
         if own:
             assert await c.settle(lambda: c.holder(place) == "", 5)

@@ -123,7 +123,7 @@ async def robbed(story: Story) -> None:
         notes = {**lease.annotations, "usbip.dev/traceparent": TAKER}
         c.backend.replace(replace(lease, holder="node-b", transitions=lease.transitions + 1, annotations=notes))
         await c.becomes(a, device, healthy=False)
-        assert await c.settle(lambda: a.attached() == frozenset(), 5)
+        assert await c.settle(lambda: a.attached() == frozenset(), 15)
 
 
 async def raced(story: Story) -> None:

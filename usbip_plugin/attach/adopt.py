@@ -104,7 +104,8 @@ class Adopter:
             # a device that a person has attached with the usbip tool is left alone
             left = {port.record.id: port.record for port in ports if port.record is not None and port.by_plugin}
             found += [locks[i] for i in sorted(used.keys() | left) if i in locks and locks[i].holder != self._me.node]
-            found += [_without_lease(key) for i, key in left.items() if i not in locks]
+            if self._locks.ready.is_set():
+                found += [_without_lease(key) for i, key in left.items() if i not in locks]
         for lock in found:
             key = lock.key
             if key is None or self._tasks.mutex(lock.device_id).locked():

@@ -21,7 +21,7 @@ from usbip_plugin.config.schema import OnLoss
 from usbip_plugin.context import NodeContext
 from usbip_plugin.errors import CdiError, VhciError
 from usbip_plugin.locks.manager import LockManager
-from usbip_plugin.locks.protocol import Loss, decide_loss
+from usbip_plugin.locks.protocol import Loss
 from usbip_plugin.locks.watch import LockChange
 from usbip_plugin.model import Attachment, Lock, PodRef
 from usbip_plugin.observe.tracing import within
@@ -212,7 +212,7 @@ class AttachmentMonitor:
         if claim is not None and claim.state is ClaimState.LOST:
             self._regain(change.device_id)
             return
-        if decide_loss(change.new, self._me, 0.0, self._locks.settings.import_window) is Loss.NONE:
+        if self._loss(change.device_id, 0.0) is Loss.NONE:
             return
         self._location_lost(change.device_id, change.new)
         claim = self._tasks.book.get(change.device_id)
@@ -261,7 +261,7 @@ class AttachmentMonitor:
 
     def _loss(self, device_id: str, held_for: float) -> Loss:
         lock = self._locks.locks.get(device_id)
-        return decide_loss(lock, self._me, held_for, self._locks.settings.import_window)
+        return self._locks.rules.decide_loss(lock, self._me, held_for, self._locks.settings.import_window)
 
     def _tell_loss(self, claim: Claim) -> None:
         lock = self._locks.locks.get(claim.id)

@@ -220,7 +220,9 @@ class Pipeline:
         Raises VhciError.
         """
         claim = self._book[device_id]
-        return await self.current_attachment(claim, await self._driver.ports()) if claim.port is not None else None
+        if claim.port is None or claim.attachment is None:
+            return None
+        return await self.current_attachment(claim, await self._driver.ports())
 
     async def _keep(self, device_id: str, now: Attachment) -> Attachment:
         """Takes the locks of a live attachment again, where they are lost, and hands the device out as it is (R6)."""

@@ -112,6 +112,8 @@ class HandoverTracker:
             view = self._poller.view(key.server)
             listed = view.find(key.busid) is not None or (old is None and view.state is ServerState.PENDING)
             self._set_always_listed(key, old is not None if listed else None)
+            if listed and old is not None:
+                self._poller.poll_soon(key.server)  # the sooner it is seen hidden, the sooner its holder may die
 
     def _set_always_listed(self, key: DeviceKey, since_import: bool | None) -> None:
         if self._always_listed.get(key) is since_import:

@@ -340,3 +340,4 @@ class Rules:
     observe: Callable[[Observation | None, Lease, Lease | None, float, float, float], Observation] = observe
     import_deadline: Callable[[float, float], float] = import_deadline
     may_import: Callable[[float, float], bool] = may_import
+    decide_loss: Callable[[Lock | None, NodeIdentity, float, float], Loss] = decide_loss

@@ -208,7 +208,7 @@ class ServerPoller:
 
     def view(self, server: ServerKey) -> ServerView:
         """Returns the newest view of a server; PENDING if the server is not polled."""
-        return self._views.get(server) or ServerView(server)
+        return self._views.get(server) or ServerView(server, lists_in_use=server in self._listing_in_use)
 
     def subscribe(self, callback: Callable[[ServerView], None]) -> Callable[[], None]:
         """Calls callback synchronously with each view that differs from the server's view before.
@@ -220,10 +220,7 @@ class ServerPoller:
 
     def set_servers(self, servers: frozenset[ServerKey]) -> None:
         """Sets the servers to poll from now on. May be called at any time. Keeps the views of servers that stay."""
-        self._views = {
-            server: replace(self.view(server), lists_in_use=server in self._listing_in_use)
-            for server in sorted(servers)
-        }
+        self._views = {server: self.view(server) for server in sorted(servers)}
         self._asked = {server: at for server, at in self._asked.items() if server in servers}
         self._servers_changed.set()
         self._polled.fire()

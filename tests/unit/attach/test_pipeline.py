@@ -503,10 +503,29 @@ async def test_the_spec_of_an_attached_device_is_written_only_with_its_lock(r: R
         await r.reattach()
     r.specs.failing = None
     r.locks.lose(KEY, holder)
+    r.script.at(ACQUIRED, r.raises(LockHeld(str(KEY), "node-b")))
     with pytest.raises(LockLost):
         await r.reattach()
     assert not r.specs.texts
     assert r.claim.state is ClaimState.REATTACHING
+
+
+@on_rig
+async def test_a_device_that_lost_only_its_lock_stays_attached_under_a_new_one(r: Rig) -> None:
+    first = await r.attach()
+    await _lock_lost(r, "")
+    r.book.move(r.claim, ClaimEvent.LOCK_FREE)
+    r.script.steps.clear()
+    assert await r.reattach() == first
+    assert r.script.steps[:2] == ["ports", ACQUIRED]
+    assert (r.script.count(IMPORT), r.claim.state) == (0, ClaimState.ATTACHED)
+
+
+@on_rig
+async def test_a_lock_of_another_boot_does_not_name_this_node(r: Rig) -> None:
+    await r.attach()
+    r.locks.hold(KEY, "node-a", "boot-0")
+    assert not r.pipeline.is_mine(KEY.id)
 
 
 # re-attach
@@ -516,6 +535,7 @@ async def test_the_spec_of_an_attached_device_is_written_only_with_its_lock(r: R
 async def test_a_re_attach_begins_with_a_detach_and_a_lock_write(r: Rig) -> None:
     first = await r.attach()
     r.book.move(r.claim, ClaimEvent.PORT_LOST)
+    r.book.put(replace(r.claim, attachment=None))
     r.script.steps.clear()
     again = await r.reattach()
     assert r.script.steps[:6] == ["ports", "detach 0", RENEWED, IMPORT, ATTACH, "attached 1-1"]
@@ -553,6 +573,7 @@ async def test_a_claim_whose_lock_is_lost_during_its_detach_does_not_acquire_it_
     """A person may have released the lock."""
     await r.attach()
     r.book.move(r.claim, ClaimEvent.PORT_LOST)
+    r.book.put(replace(r.claim, attachment=None))
     r.script.at("detach 0", lambda: _lock_lost(r, holder))
     r.script.steps.clear()
     with pytest.raises(LockLost):

@@ -10,9 +10,19 @@ from hypothesis import strategies as st
 from tests.rigs.vocabulary import KEY, OTHER_KEY
 from usbip_plugin.locks import protocol, record
 from usbip_plugin.locks.manager import LockSettings
-from usbip_plugin.locks.protocol import Create, Decision, Denied, LockMeta, LockStatus, Observation, Replace, Write
+from usbip_plugin.locks.protocol import (
+    Create,
+    Decision,
+    Denied,
+    LockMeta,
+    LockStatus,
+    Loss,
+    Observation,
+    Replace,
+    Write,
+)
 from usbip_plugin.locks.record import Lease
-from usbip_plugin.model import DeviceKey, Identity, InterfaceClass, NodeIdentity, PodRef, ServerKey
+from usbip_plugin.model import DeviceKey, Identity, InterfaceClass, Lock, NodeIdentity, PodRef, ServerKey
 
 WHEN = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 ME, REBOOTED, OTHER = NodeIdentity("a", "boot-1"), NodeIdentity("a", "boot-2"), NodeIdentity("b", "boot-9")
@@ -169,9 +179,52 @@ def test_r5_a_release_clears_the_holder_and_keeps_the_annotations_of_the_device(
 
 
 def test_r5_only_a_lock_of_this_node_is_released() -> None:
-    for lease in (held(OTHER), released(OTHER), None):
+    for lease in (held(OTHER), held(REBOOTED), released(OTHER), None):
         assert protocol.decide_release(lease, write(ME)) == Denied(lease)
-    assert isinstance(protocol.decide_release(held(ME), write(REBOOTED)), Replace)
+    assert isinstance(protocol.decide_release(held(ME), write(ME)), Replace)
+
+
+def by_hand(lease: Lease) -> Lock:
+    return record.lock_of(replace(lease, annotations={**lease.annotations, record.WRITE_ID: record.BY_HAND}))
+
+
+@pytest.mark.parametrize(
+    ("lock", "held_for", "loss"),
+    [
+        (record.lock_of(held(ME)), 99.0, Loss.NONE),
+        (None, 99.0, Loss.REGAIN),
+        (record.lock_of(released(OTHER)), 99.0, Loss.REGAIN),
+        (by_hand(released(ME)), 0.0, Loss.DETACH),
+        (record.lock_of(held(OTHER)), 9.9, Loss.WAIT),
+        (record.lock_of(held(OTHER)), 10.0, Loss.DETACH),
+        (record.lock_of(held(REBOOTED)), 9.9, Loss.WAIT),
+        (record.lock_of(held(REBOOTED)), 10.0, Loss.DETACH),
+    ],
+)
+def test_r6_a_device_is_detached_for_a_holder_that_stays_or_a_person_only(
+    lock: Lock | None, held_for: float, loss: Loss
+) -> None:
+    assert protocol.decide_loss(lock, ME, held_for, 10.0) is loss
+
+
+def test_r4_a_heartbeat_without_a_lock_write_for_a_whole_duration_shows_that_the_device_is_in_use() -> None:
+    lock, before = held(OTHER), Lease("usbip-node-b", "b", resource_version="1")
+    first = protocol.observe(None, lock, before, 99.0, 100.0, 40.0)
+    beat = replace(before, resource_version="2")
+    late = protocol.observe(first, lock, beat, 140.0, 141.0, 40.0)
+    assert protocol.lives(first, late, 100.0)
+    assert not protocol.lives(first, late, 102.0), "not for a whole duration"
+    assert not protocol.lives(late, protocol.observe(late, lock, beat, 180.0, 181.0, 40.0), 100.0), "no heartbeat"
+    assert not protocol.lives(None, late, 100.0)
+    rewritten = replace(lock, resource_version="9")
+    assert not protocol.lives(first, protocol.observe(first, rewritten, beat, 140.0, 141.0, 40.0), 100.0)
+    assert not protocol.lives(first, protocol.observe(first, lock, None, 140.0, 141.0, 40.0), 100.0)
+
+
+@pytest.mark.parametrize("importable", [True, False])
+def test_r3_a_lock_of_another_boot_is_taken_only_if_the_server_lists_the_device(importable: bool) -> None:
+    decision = protocol.decide_acquire(held(ME), KEY, META, write(REBOOTED), None, importable=importable)
+    assert isinstance(decision, Replace if importable else Denied)
 
 
 @pytest.mark.parametrize("lease", [None, held(OTHER), held(REBOOTED), released(ME)])
@@ -286,7 +339,7 @@ def test_in_place_of_is_written_with_the_holder_and_cleared_with_it() -> None:
     assert isinstance(freed, Replace)
     assert record.lock_of(freed.lease).in_place_of is None
     for me in (ME, REBOOTED):
-        itself = protocol.decide_acquire(renewed.lease, KEY, META, write(me), None, importable=False)
+        itself = protocol.decide_acquire(renewed.lease, KEY, META, write(me), None, importable=me is REBOOTED)
         assert isinstance(itself, Replace)
         assert record.lock_of(itself.lease).in_place_of is None, "acquired for itself"
 

@@ -162,4 +162,4 @@ def generous(sent_at: float, window: float) -> float:
 
 @pytest.mark.parametrize("rules", [Rules(observe=impatient), Rules(import_deadline=generous)], ids=["R4", "R1"])
 def test_a_broken_rule_is_caught(rules: Rules) -> None:
-    assert any(simulate(seed, rules).overlaps for seed in range(3))
+    assert any(simulate(seed, rules).overlaps for seed in range(8))
