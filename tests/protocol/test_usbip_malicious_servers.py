@@ -620,7 +620,7 @@ async def node(client: TcpUsbipClient) -> AsyncIterator[tuple[Pipeline, ClaimBoo
         tasks=tasks,
         events=lambda _event: None,
         on_step=lambda _name, _seconds: None,
-        on_listed_in_use=lambda _server: None,
+        on_flaw=lambda _server, _flaw: None,
     )
     async with background(tasks.run(locks.run())):
         await locks.ready.wait()

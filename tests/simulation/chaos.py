@@ -534,6 +534,16 @@ class Chaos:
         self._release(key, node.name, BY_HAND)
         return True
 
+    def do_lock_deleted(self, action: Action, node: ClusterNode) -> bool:
+        """Deletes a Lease that the node holds, as a clean-up or a restored backup does."""
+        key = self._held(action, node)
+        if key is None:
+            return False
+        self.note(f"the Lease of {key} is deleted")
+        self.lost_locks[key, node.name] = loop_of().time()
+        self.cluster.backend.delete(key.id, self.cluster.backend.leases[key.id].resource_version)
+        return True
+
     def do_lock_taken(self, action: Action, node: ClusterNode) -> bool:
         """Writes the name of a node outside of the cluster into a lock that the node holds, and empties it later."""
         key = self._held(action, node)

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from usbip_plugin.attach.events import DeviceEvent, EventKind
 from usbip_plugin.errors import LockUnavailable, PluginError
 from usbip_plugin.locks import protocol
-from usbip_plugin.locks.protocol import Decision, Denied, LockMeta, Observation, Rules, Write
+from usbip_plugin.locks.protocol import Decision, Denied, LockMeta, Loss, Observation, Rules, Write
 from usbip_plugin.locks.record import Lease
-from usbip_plugin.model import Advertised, DeviceKey, Reason
+from usbip_plugin.model import Advertised, DeviceKey, Lock, NodeIdentity, Reason
 from usbip_plugin.node.agent import MetricHooks
 
 RULES = (
@@ -19,14 +19,24 @@ RULES = (
     "R2 free, taken",
     "R3 own, written again",
     "R3 own of an earlier boot, taken anew",
+    "R3 another boot, denied",
     "R4 expired, taken over",
     "R4 held, denied",
     "R5 released",
     "R6 lost, seen at a write",
     "R6 lost, seen by the watch",
+    "R6 nobody holds it, taken again",
+    "R6 another holder, waited for",
+    "R6 another holder, detached",
     "R7 API server away, not offered",
     "R7 API server away, Allocate refused",
 )
+
+LOSSES = {
+    Loss.REGAIN: "R6 nobody holds it, taken again",
+    Loss.WAIT: "R6 another holder, waited for",
+    Loss.DETACH: "R6 another holder, detached",
+}
 
 
 class CountedRules:
@@ -44,6 +54,7 @@ class CountedRules:
             observe=self._inner.observe,
             import_deadline=self._deadline,
             may_import=self._may_import,
+            decide_loss=self._loss,
         )
 
     def _acquire(
@@ -57,7 +68,7 @@ class CountedRules:
     ) -> Decision:
         decision = self._inner.decide_acquire(lease, key, meta, write, observation, importable)
         if isinstance(decision, Denied):
-            rule = "R4 held, denied"
+            rule = "R3 another boot, denied" if protocol.of_another_boot(lease, write.me) else "R4 held, denied"
         elif protocol.is_free(lease):
             rule = "R2 free, taken"
         elif protocol.is_mine(lease, write.me):
@@ -80,6 +91,12 @@ class CountedRules:
         if not isinstance(decision, Denied):
             self._counts["R5 released"] += 1
         return decision
+
+    def _loss(self, lock: Lock | None, me: NodeIdentity, held_for: float, import_window: float) -> Loss:
+        loss = self._inner.decide_loss(lock, me, held_for, import_window)
+        if loss in LOSSES:
+            self._counts[LOSSES[loss]] += 1
+        return loss
 
     def _deadline(self, sent_at: float, import_window: float) -> float:
         self._counts["R1 leave to import"] += 1

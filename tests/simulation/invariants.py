@@ -146,12 +146,21 @@ class Watch:
             claim = agent.claims.view.get(lease.name) if agent is not None else None
             if claim is not None and claim.state in IN_USE:
                 self._fail("what a person has released is not taken back", f"{claim.key} by {new[0]}")
-        if old[0] in self.cluster.nodes and not new[0] and (after is None or not record.lock_of(after).by_hand):
+        if old[0] in self.cluster.nodes and not new[0] and after is not None and not record.lock_of(after).by_hand:
             self._let_go(self.cluster.nodes[old[0]], lease.name)
+        if self.settings.lists_in_use and {old[0], new[0]} <= self.cluster.nodes.keys() and old[0] != new[0]:
+            self._taken_over(self._keys[lease.name], old[0])
         if before is not None and after is not None:
             rises = after.transitions - before.transitions
             if rises != int(new[0] != "" and old != new):
                 self._fail("an epoch for each holder", f"{lease.name}: {old} -> {new}, +{rises}")
+
+    def _taken_over(self, key: DeviceKey, holder: str) -> None:
+        """Notes a takeover from a living holder, which cannot be excluded at a server that lists devices in use."""
+        if holder in self.cluster.network.imports().get(key, ()):
+            self.note(f"{key} is taken over from {holder}, which has it")
+            self.chaos.fired["a takeover from a living holder"] += 1
+            self.chaos.lost_locks[key, holder] = loop_of().time()
 
     def _answered(self, node: ClusterNode, call: Call, error: BaseException | None) -> None:
         if (failure := self._statuses.answered(node, call, error)) is not None:
@@ -381,7 +390,8 @@ class Watch:
             claim = agent.claims.view.get(key.id) if agent is not None else None
             has_it = importing or (claim is not None and claim.state is ClaimState.ATTACHED)
             bad = has_it and self.cluster.holder(key) != name and self.quiet(node)
-            if self._for_long(bad, now, ROBBED_S / node.clock.rate, "robbed", name, key):
+            bound = ROBBED_S + self.settings.locks.import_window
+            if self._for_long(bad, now, bound / node.clock.rate, "robbed", name, key):
                 raise Violation("a lock for each import", f"{key}: {name} was robbed of its lock and still has it")
             # the node may begin an import until the window of its last write is over
             late = now - since > self.settings.locks.import_window / node.clock.rate

@@ -8,7 +8,13 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tests.model.lock_mutants import amended_by_anybody, any_boot_is_mine, for_ever, whoever_holds_it
+from tests.model.lock_mutants import (
+    amended_by_anybody,
+    any_boot_is_mine,
+    for_ever,
+    never_detached,
+    whoever_holds_it,
+)
 from tests.simulation.invariants import TURN
 from tests.simulation.node_statuses import KNOWN, SAID
 from tests.simulation.plan import Plan
@@ -228,6 +234,8 @@ ROBBED_ELSEWHERE = tuple(
     for lock in (0, 1)
 )
 """A loses the lock of the device, or of the place to which it is moved, while the device enumerates there."""
+TAKEN = shape(act(0, "admit"), act(4, "lock_taken", lasts=120), wait(100))
+"""A loses the lock of a device in use to a node that keeps it."""
 RACE = shape(act(0, "watch_stall", lasts=60), act(0, "watch_stall", B, lasts=60), act(0, "race"))
 """Both nodes acquire the device, and get no watch events of each other."""
 REBOOT = shape(act(0, "admit"), act(4, "reboot", lasts=5), wait(80))
@@ -305,6 +313,13 @@ MUTANTS = (
                 (Pipeline, "_while_ours", goes_on),
             ),
         ),
+    ),
+    Mutant(
+        "R6",
+        "a device of another holder stays attached",
+        NOT_LOCKED,
+        (TAKEN,),
+        Wrong(Rules(decide_loss=never_detached)),
     ),
     Mutant(
         "R6",

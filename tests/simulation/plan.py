@@ -41,6 +41,7 @@ class Settings:
     serials: bool
     latency: float
     cdi: bool = False
+    lists_in_use: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +127,7 @@ EVERYWHERE = {
     "lock_taken": 15,
     "node_forbidden": 45,
     "enumerate_anew": 15,
+    "lock_deleted": 15,
 }
 """Kinds for all plans: one more action in so many. Half of those of AT_STEP come together with an Allocate."""
 
@@ -158,6 +160,7 @@ AT_STEP = (
     "lock_released",
     "lock_taken",
     "enumerate_anew",
+    "lock_deleted",
 )
 """Kinds that may happen at a step of an agent; half of them come together with an Allocate."""
 SILENCES = ("freeze_agent", "freeze_node", "power_loss", "api_silent", "api_mute", "isolate")
@@ -177,6 +180,8 @@ CONDITIONS: Mapping[str, Callable[[Settings], bool]] = {
     "a device of two resources": lambda s: s.overlapping,
     "serial numbers read": lambda s: s.serials,
     "devices handed out by CDI": lambda s: s.cdi,
+    "servers that list devices in use": lambda s: s.lists_in_use,
+    "servers that list devices in use and export them twice": lambda s: s.lists_in_use and not s.fenced,
 }
 """Conditions that a plan's settings may meet."""
 
@@ -214,7 +219,8 @@ def draw(seed: int, length: int = ACTIONS) -> Plan:
     rng = random.Random(seed)
     # drawn apart, so that the rest of each plan stayed as it was before CDI came
     more = random.Random(f"cdi {seed}")
-    settings = replace(draw_settings(rng), cdi=more.random() < 0.5)
+    lists = random.Random(f"lists {seed}").random() < 0.25
+    settings = replace(draw_settings(rng), cdi=more.random() < 0.5, lists_in_use=lists)
     kinds, weights = list(WEIGHTS), list(WEIGHTS.values())
     actions: list[Action] = []
     at = ALLOCATION_GRACE

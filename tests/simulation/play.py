@@ -198,6 +198,7 @@ class _Play:
         keepalive = settings.keepalive[index]
         server = VirtualServer(devices, host, 3240, clock=SimClock(self._loop), listen=False, keepalive=keepalive)
         server.table.exclusive = settings.fenced
+        server.table.lists_in_use = settings.lists_in_use
         return server
 
     async def _story(self, c: Cluster, chaos: Chaos) -> None:

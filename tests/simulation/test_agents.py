@@ -38,9 +38,11 @@ from usbip_plugin.inventory.health import API_GRACE
 from usbip_plugin.locks import record
 from usbip_plugin.locks.protocol import Rules
 from usbip_plugin.model import Attachment, DeviceKey, Reason
+from usbip_plugin.usbip.poller import ServerFlaw
 from usbip_sim.server.usbdevice import VirtualDevice
 from usbip_sim.virtual.cluster_node import ClusterNode
 from usbip_sim.virtual.steploop import stepped
+from usbip_sim.virtual.surroundings import ClusterSpec
 
 
 @stepped
@@ -539,7 +541,7 @@ async def test_a_lock_that_its_taker_lets_go_is_taken_again_without_a_detach() -
         c.backend.replace(replace(c.backend.leases[device.id], holder=""))
         await c.becomes(node, device, healthy=True)
         await asyncio.sleep(2 * LOCKS.import_window)
-        assert (c.holder(device), lab.table.granted, node.attached()) == ("node-a", 1, {device})
+        assert (c.holder(device), lab.table.granted, node.attached()) == ("node-a", 1, frozenset({device}))
         assert EventKind.LOCK_LOST not in [notice.what for notice in notices]
 
 
@@ -649,7 +651,7 @@ async def test_a_deleted_lease_is_written_again_and_its_device_stays_attached(re
         assert await c.settle(lambda: c.holder(device) == "node-a", 5)
         assert await c.settle(lambda: c.pod_of(device) == pod("p"), 10), "the new Lease names the pod"
         await c.becomes(node, device, healthy=True)
-        assert (lab.table.granted, node.attached()) == (1, {device})
+        assert (lab.table.granted, node.attached()) == (1, frozenset({device}))
         assert EventKind.LOCK_LOST not in [notice.what for notice in notices]
 
 
@@ -882,3 +884,82 @@ async def test_without_resources_a_node_is_ready_and_takes_them_when_they_come()
         assert not plugin.ready
         await c.becomes(node, key(lab, "1-1"), healthy=True)
         assert plugin.ready
+
+
+# servers that list what is in use
+
+
+def lists_in_use(made: ClusterSpec) -> ClusterSpec:
+    for each in made.servers:
+        each.table.lists_in_use = True
+    return made
+
+
+@stepped
+async def test_a_server_that_lists_devices_in_use_ends_no_lock_of_a_node_without_the_api_server() -> None:
+    notices: list[DeviceEvent] = []
+    async with one_stick(notices=notices, change=lists_in_use) as (c, lab, device):
+        a, b = await c.taken(device), c["node-b"]
+        a.partition(cut=True)
+        await asyncio.sleep(3 * LOCKS.duration)
+        assert reason(b, device) is Reason.HELD_ELSEWHERE
+        assert (
+            "its server lists devices in use, so it is not taken over" in agent(b).inventory.health()[device.id].detail
+        )
+        assert agent(b).poller.view(lab.key).lists_in_use
+        a.partition(cut=False)
+        await asyncio.sleep(30)
+        assert (c.holder(device), lab.table.granted, [n.what for n in notices]) == ("node-a", 1, [EventKind.ATTACHED])
+
+
+@stepped
+async def test_a_heartbeat_shows_a_restarted_plugin_that_a_server_lists_devices_in_use() -> None:
+    async with one_stick(change=lists_in_use) as (c, lab, device):
+        await c.taken(device)
+        await c["node-b"].stop()
+        c["node-b"].start()
+        b = c["node-b"]
+        assert await c.settle(lambda: b.agent is not None and agent(b).poller.view(lab.key).lists_in_use, 90)
+
+
+@pytest.mark.parametrize("exclusive", [True, False])
+@stepped
+async def test_a_holder_that_a_restarted_plugin_took_for_dead_has_its_device_after_the_refusal(exclusive: bool) -> None:
+    """Without an exclusive server nothing but the locks keeps two nodes apart, and a node says so."""
+    notices: list[DeviceEvent] = []
+    async with one_stick(notices=notices, change=lists_in_use) as (c, lab, device):
+        lab.table.exclusive = exclusive
+        a, b = await c.taken(device), c["node-b"]
+        a.partition(cut=True)
+        await b.stop()
+        b.start()
+        await c.becomes(b, device, healthy=True, within=3 * LOCKS.duration)
+        refused = await b.admit(pod("q"), "stick")
+        assert (refused is not None) is exclusive
+        a.partition(cut=False)
+        await asyncio.sleep(LOCKS.import_window + 20)
+        lost = EventKind.LOCK_LOST in [notice.what for notice in notices]
+        if exclusive:
+            assert agent(b).poller.view(lab.key).lists_in_use
+            assert (c.holder(device), lab.table.granted, lost) == ("node-a", 1, False)
+        else:
+            assert ServerFlaw.EXPORTS_TWICE in agent(a).poller.view(lab.key).flaws
+            assert (c.holder(device), lost, a.attached()) == ("node-b", True, frozenset())
+
+
+@stepped
+async def test_an_outage_of_the_observer_begins_its_observation_anew() -> None:
+    """The API server is away for all: the holder cannot write a heartbeat either."""
+    async with one_stick(change=lists_in_use) as (c, _lab, device):
+        await c.taken(device)
+        b = c["node-b"]
+        await b.stop()
+        b.start()
+        await asyncio.sleep(12)
+        for node in c.nodes.values():
+            node.partition(cut=True)
+        await asyncio.sleep(2 * LOCKS.duration)
+        for node in c.nodes.values():
+            node.partition(cut=False)
+        assert not await c.settle(lambda: reason(b, device) is Reason.HOLDER_EXPIRED, LOCKS.duration)
+        assert c.holder(device) == "node-a"

@@ -68,7 +68,7 @@ class Attachments:
             tasks=tasks,
             events=events,
             on_step=on_step,
-            on_listed_in_use=poller.note_lists_in_use,
+            on_flaw=poller.note_flaw,
         )
         releaser = Releaser(context, locks=locks, specs=specs, tasks=tasks, pipeline=pipeline, on_step=on_step)
         self.locator = DeviceLocator(
@@ -98,6 +98,7 @@ class Attachments:
             reattacher=reattacher,
             events=events,
             evict=evict,
+            on_flaw=poller.note_flaw,
         )
         self.adopter = Adopter(
             context, driver=driver, locks=locks, specs=specs, tasks=tasks, releaser=releaser, monitor=self.monitor

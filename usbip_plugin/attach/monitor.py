@@ -6,6 +6,7 @@ R6 is the rule for a lost lock, see docs/internals/architecture.md.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,9 +24,10 @@ from usbip_plugin.errors import CdiError, VhciError
 from usbip_plugin.locks.manager import LockManager
 from usbip_plugin.locks.protocol import Loss
 from usbip_plugin.locks.watch import LockChange
-from usbip_plugin.model import Attachment, Lock, PodRef
+from usbip_plugin.model import Attachment, Lock, PodRef, ServerKey
 from usbip_plugin.observe.tracing import within
 from usbip_plugin.sync import done_within
+from usbip_plugin.usbip.poller import ServerFlaw
 from usbip_plugin.vhci.children import wants
 from usbip_plugin.vhci.driver import PortState, VhciDriver
 
@@ -58,6 +60,7 @@ class AttachmentMonitor:
         reattacher: Reattacher,
         events: EventSink,
         evict: Callable[[PodRef, str], None],
+        on_flaw: Callable[[ServerKey, ServerFlaw], None],
     ) -> None:
         """Takes evict(pod, cause), which begins to evict a pod whose device has lost its lock."""
         self._me = context.me
@@ -72,6 +75,7 @@ class AttachmentMonitor:
         self._reattacher = reattacher
         self._events = events
         self._evict = evict
+        self._on_flaw = on_flaw
         self._ports_event = asyncio.Event()
         self._unreadable = ""
         self._lost_since: dict[str, float] = {}
@@ -253,7 +257,7 @@ class AttachmentMonitor:
                 await self._clock.sleep(max(MIN_WAIT, end - now))
                 continue
             if loss in (Loss.WAIT, Loss.DETACH):
-                self._tell_loss(self._tasks.book[device_id])
+                await self._tell_loss(self._tasks.book[device_id])
                 await self._releaser.finish_locked(device_id, ClaimState.LOST)
             break
         self._lost_since.pop(device_id, None)
@@ -263,8 +267,12 @@ class AttachmentMonitor:
         lock = self._locks.locks.get(device_id)
         return self._locks.rules.decide_loss(lock, self._me, held_for, self._locks.settings.import_window)
 
-    def _tell_loss(self, claim: Claim) -> None:
+    async def _tell_loss(self, claim: Claim) -> None:
         lock = self._locks.locks.get(claim.id)
+        if lock is not None and lock.holder and lock.port is not None:
+            with contextlib.suppress(VhciError):
+                if await self._pipeline.still_attached(claim.id) is not None:
+                    self._on_flaw(claim.location.server, ServerFlaw.EXPORTS_TWICE)
         holder = lock.holder if lock is not None else ""
         text = f"node {holder} holds the device now" if holder else "the lock no longer names this node"
         self._events(DeviceEvent(EventKind.LOCK_LOST, claim.key, text + "; detaching the device here", claim.pod))

@@ -41,6 +41,7 @@ from usbip_plugin.model import Attachment, Descriptor, DeviceKey, Identity, Serv
 from usbip_plugin.observe.spans import device_attributes, span
 from usbip_plugin.observe.tracing import span_context_from
 from usbip_plugin.usbip.client import Imported, UsbipClient
+from usbip_plugin.usbip.poller import ServerFlaw
 from usbip_plugin.vhci.children import missing
 from usbip_plugin.vhci.driver import PortState, VhciDriver
 from usbip_plugin.vhci.sysfs import PortStatus
@@ -121,7 +122,7 @@ class Pipeline:
     """Attaches, re-attaches, detaches and probes single devices, and updates their claims.
 
     on_step(name, seconds) is called after each step that has succeeded, with the time it took.
-    on_listed_in_use(server) is called when a server refuses as busy what it has just listed as free for a takeover.
+    on_flaw(server, flaw) is called when a server refuses as busy what it has just listed as free for a takeover.
     """
 
     def __init__(
@@ -135,7 +136,7 @@ class Pipeline:
         tasks: DeviceTasks,
         events: EventSink,
         on_step: Callable[[str, float], None],
-        on_listed_in_use: Callable[[ServerKey], None],
+        on_flaw: Callable[[ServerKey, ServerFlaw], None],
     ) -> None:
         self._me = context.me
         self._clock = context.clock
@@ -149,7 +150,7 @@ class Pipeline:
         self._book = tasks.book
         self._events = events
         self._on_step = on_step
-        self._on_listed_in_use = on_listed_in_use
+        self._on_flaw = on_flaw
 
     async def attach_new(
         self, claim: Claim, identity: Identity | None, deadline: float, progress: Progress
@@ -188,7 +189,7 @@ class Pipeline:
                 return await self._attach(claim.id, renewed, deadline, progress)
         except DeviceBusy:
             if grant.former is not None:
-                self._on_listed_in_use(claim.key.server)
+                self._on_flaw(claim.key.server, ServerFlaw.LISTS_IN_USE)
             raise
         except WrongSerial as wrong:
             await self._tasks.record_identity(claim.key, Identity(wrong.devid, wrong.found))

@@ -14,7 +14,7 @@ from usbip_plugin.inventory.members import importable
 from usbip_plugin.locks.manager import LockManager
 from usbip_plugin.locks.watch import LockChange
 from usbip_plugin.model import UNKNOWN_IDENTITY, DeviceKey, Lock, ServerKey
-from usbip_plugin.usbip.poller import SECOND_LOOK, ServerPoller, ServerState, ServerView
+from usbip_plugin.usbip.poller import SECOND_LOOK, ServerFlaw, ServerPoller, ServerState, ServerView
 
 RESET_GRACE = 1.0
 """Minimum time in seconds after a release during which a server's list without the device is ignored.
@@ -129,7 +129,7 @@ class HandoverTracker:
         """Notes that the device's server lists devices in use, unless it has hidden the device under this holder."""
         for key in self._always_listed:
             if key.id == device_id:
-                self._poller.note_lists_in_use(key.server)
+                self._poller.note_flaw(key.server, ServerFlaw.LISTS_IN_USE)
                 return
 
     def _distrust_list(self, change: LockChange) -> None:

@@ -101,7 +101,9 @@ def health(snapshot: Snapshot, offered: OfferedDevice, resource: str) -> Health:
     lock = snapshot.locks.get(device_id)
     status = snapshot.lock_statuses.get(device_id, LockStatus.FREE)
     if status is LockStatus.HELD and lock is not None:
-        return Health(Reason.HELD_ELSEWHERE, _held_by(lock))
+        view = snapshot.servers.get(offered.key.server)
+        only = "; its server lists devices in use, so it is not taken over" if view and view.lists_in_use else ""
+        return Health(Reason.HELD_ELSEWHERE, _held_by(lock) + only)
     if snapshot.api.unreachable_for is not None and snapshot.api.unreachable_for >= API_GRACE:
         return Health(Reason.API_UNREACHABLE, snapshot.api.error)
     if snapshot.driver.error is not None:

@@ -18,7 +18,7 @@ from usbip_plugin.locks.watch import LockChange
 from usbip_plugin.model import Advertised
 from usbip_plugin.node.agent import Agent, MetricHooks
 from usbip_plugin.observe.metrics import Metrics, NodeCollector, NodeReading
-from usbip_plugin.usbip.poller import ServerState
+from usbip_plugin.usbip.poller import ServerFlaw, ServerState
 
 OTHER = "other"
 """The label of an error without a label of its own."""
@@ -211,6 +211,8 @@ class AgentMetrics:
             registered={name: plugin.registered for name, plugin in agent.resources.plugins.items()},
             servers={name: view.state is ServerState.REACHABLE for name, view in views.items()},
             listed={name: len(view.devices) for name, view in views.items()},
+            lists_in_use={name: view.lists_in_use for name, view in views.items()},
+            exports_twice={name: ServerFlaw.EXPORTS_TWICE in view.flaws for name, view in views.items()},
             driver_loaded=loaded,
             ports_used={"hs": driver.used_hs, "ss": driver.used_ss} if loaded else {},
             ports_free={"hs": driver.free_hs, "ss": driver.free_ss} if loaded else {},

@@ -97,6 +97,7 @@ def _servers(agent: Agent, now: float) -> tuple[ServerRow, ...]:
             answered=now - view.answered if view.answered is not None else None,
             failures=view.failures,
             error=view.error,
+            flaws=tuple(sorted(flaw.value for flaw in view.flaws)),
         )
         for server, view in sorted(agent.poller.views.items())
     )

@@ -39,6 +39,7 @@ class NodeReading:
     registered: by resource, whether it is registered with the kubelet.
     servers: by host:port, whether the server answers. Servers not queried yet are left out.
     listed: by host:port, how many devices the server lists.
+    lists_in_use, exports_twice: by host:port, whether the server was seen to do so.
     driver_loaded: whether vhci_hcd is loaded and can be read.
     ports_used, ports_free: by hub, "hs" or "ss". Empty if the driver is not loaded.
     claims: by state.
@@ -53,6 +54,8 @@ class NodeReading:
     registered: Mapping[str, bool] = field(default_factory=dict)
     servers: Mapping[str, bool] = field(default_factory=dict)
     listed: Mapping[str, int] = field(default_factory=dict)
+    lists_in_use: Mapping[str, bool] = field(default_factory=dict)
+    exports_twice: Mapping[str, bool] = field(default_factory=dict)
     driver_loaded: bool = False
     ports_used: Mapping[str, int] = field(default_factory=dict)
     ports_free: Mapping[str, int] = field(default_factory=dict)
@@ -87,6 +90,10 @@ class NodeCollector(Collector):
         )
         text = "Devices in the last answer of the USB/IP server, which leaves out devices in use."
         yield _by("server_devices", text, "server", now.listed)
+        text = "1 if the USB/IP server was seen to list a device in use. Its list ends no lock then."
+        yield _by("server_lists_in_use", text, "server", now.lists_in_use)
+        text = "1 if the USB/IP server was seen to export a device to two clients."
+        yield _by("server_exports_twice", text, "server", now.exports_twice)
         yield _one("vhci_driver_loaded", "1 if vhci_hcd is loaded and can be read.", now.driver_loaded)
         yield _by(
             "vhci_ports_used",

@@ -54,6 +54,7 @@ class ServerRow:
     answered: seconds since the last good answer; None if there was none.
     failures: polls that have failed in a row.
     error: why the last poll failed; None if it did not.
+    flaws: in words, how it does not keep a device to one client.
     """
 
     server: str
@@ -63,6 +64,7 @@ class ServerRow:
     answered: float | None
     failures: int
     error: str | None
+    flaws: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

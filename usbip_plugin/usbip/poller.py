@@ -51,6 +51,15 @@ class ServerState(enum.Enum):
     """The last poll failed."""
 
 
+class ServerFlaw(enum.Enum):
+    """A way in which a server does not keep a device to one client. The value is for people."""
+
+    LISTS_IN_USE = "it lists devices in use, so no lock is taken over by its list"
+    """It has listed a device that a living node had attached."""
+    EXPORTS_TWICE = "it exports a device to two clients at once, so only the locks keep nodes apart"
+    """It has exported a device to another node while this node had it attached."""
+
+
 ABSENCE = 10.0
 """Seconds after which a device that is listed again counts as replugged.
 
@@ -82,7 +91,7 @@ class ServerView:
     answered: when the server last answered (monotonic seconds), None if it never did.
     removed: the bus IDs of the good list before that are missing from `devices`.
     stays: by bus ID, for the devices listed now and those missing for less than ABSENCE at the last change.
-    lists_in_use: whether this process has seen the server list a device in use. Its list shows no device as free then.
+    flaws: what this process has seen the server do wrong.
     """
 
     server: ServerKey
@@ -94,10 +103,15 @@ class ServerView:
     removed: frozenset[str] = field(default=frozenset(), compare=False)
     stays: Mapping[str, Stay] = field(default_factory=dict, repr=False, compare=False)
     by_busid: Mapping[str, Descriptor] = field(init=False, repr=False, compare=False)
-    lists_in_use: bool = False
+    flaws: frozenset[ServerFlaw] = frozenset()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "by_busid", {device.busid: device for device in self.devices})
+
+    @property
+    def lists_in_use(self) -> bool:
+        """Returns whether the server's list does not show that a device is free."""
+        return ServerFlaw.LISTS_IN_USE in self.flaws
 
     @property
     def exported(self) -> Mapping[DeviceKey, Descriptor]:
@@ -124,7 +138,7 @@ def listed(view: ServerView, devices: Iterable[Descriptor], now: float) -> Serve
     removed = view.by_busid.keys() - {device.busid for device in found}
     return replace(
         ServerView(view.server, ServerState.REACHABLE, found, answered=now, removed=frozenset(removed), stays=stays),
-        lists_in_use=view.lists_in_use,
+        flaws=view.flaws,
     )
 
 
@@ -194,7 +208,7 @@ class ServerPoller:
         self._fleet = fleet or SingleNode()
         self._interval, self._timeout = interval, timeout
         self._views: dict[ServerKey, ServerView] = {}
-        self._listing_in_use: set[ServerKey] = set()  # at most the servers that were ever configured
+        self._flaws: dict[ServerKey, frozenset[ServerFlaw]] = {}  # at most of the servers that were ever configured
         self._asked: dict[ServerKey, float] = {}
         self._polled = Broadcast()
         self._requests: dict[ServerKey, asyncio.Event] = {}
@@ -208,7 +222,7 @@ class ServerPoller:
 
     def view(self, server: ServerKey) -> ServerView:
         """Returns the newest view of a server; PENDING if the server is not polled."""
-        return self._views.get(server) or ServerView(server, lists_in_use=server in self._listing_in_use)
+        return self._views.get(server) or ServerView(server, flaws=self._flaws.get(server, frozenset()))
 
     def subscribe(self, callback: Callable[[ServerView], None]) -> Callable[[], None]:
         """Calls callback synchronously with each view that differs from the server's view before.
@@ -255,17 +269,20 @@ class ServerPoller:
         Returns False if it does not answer, or if it was seen to list devices in use: its list is no evidence then.
         """
         try:
-            return await self.fetch(key) is not None and key.server not in self._listing_in_use
+            return await self.fetch(key) is not None and not self.view(key.server).lists_in_use
         except UsbipError as error:
             log.debug("cannot ask server for device", extra={"device": str(key), "cause": str(error)})
             return False
 
-    def note_lists_in_use(self, server: ServerKey) -> None:
-        """Records that this server lists a device that is in use. Counts for as long as this process lives."""
-        if server not in self._listing_in_use and server in self._views:
-            self._listing_in_use.add(server)
-            log.warning("server lists devices in use, no takeover by its list", extra={"server": str(server)})
-            self._update(server, partial(replace, lists_in_use=True))
+    def note_flaw(self, server: ServerKey, flaw: ServerFlaw) -> None:
+        """Records what a polled server does wrong. Counts for as long as this process lives."""
+        view = self._views.get(server)
+        if view is not None and flaw not in view.flaws:
+            self._flaws[server] = view.flaws | {flaw}
+            log.warning(
+                "server does not keep a device to one client", extra={"server": str(server), "cause": flaw.value}
+            )
+            self._update(server, partial(replace, flaws=self._flaws[server]))
 
     async def fetch(self, key: DeviceKey) -> Descriptor | None:
         """Asks the server at once, besides all polls, for its entry of this device.

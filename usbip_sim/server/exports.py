@@ -40,6 +40,7 @@ class ExportTable:
     that is plugged in again has another device number.
 
     exclusive: False exports a device to any number of importers.
+    lists_in_use: True lists devices in use, too, as usbipd-win does. usbip-host does not do this.
     violations: a sentence for each import of a device that had an importer; empty while exclusive is True.
     granted, refused: number of imports with status 0, and of all others.
     renumbers: a device has another number after each import. usbip-host does not do this.
@@ -51,6 +52,7 @@ class ExportTable:
         self._exports: dict[str, _Export] = {}
         self._plugged: Counter[str] = Counter()
         self.exclusive = True
+        self.lists_in_use = False
         self.renumbers = False
         self.by_port = False
         self.violations: list[str] = []
@@ -61,7 +63,7 @@ class ExportTable:
 
     def devlist(self) -> tuple[Descriptor, ...]:
         exports = self._exports.values()
-        return tuple(_descriptor(export) for export in exports if self._free(export))
+        return tuple(_descriptor(export) for export in exports if self.lists_in_use or self._free(export))
 
     def import_device(self, busid: str, importer: Importer) -> wire.ImportReply:
         export = self._exports.get(busid)

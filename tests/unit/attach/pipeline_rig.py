@@ -302,7 +302,7 @@ async def rig() -> AsyncIterator[Rig]:
         tasks=tasks,
         events=events.append,
         on_step=lambda _name, _seconds: None,
-        on_listed_in_use=lambda _server: None,
+        on_flaw=lambda _server, _flaw: None,
     )
     yield Rig(script, clock, locks, client, kernel, driver, files, sockets, pipeline, tasks, events)
     taken = [port for port in kernel.ports() if port.status is not PortStatus.NULL]
