@@ -535,9 +535,12 @@ class Chaos:
         return True
 
     def do_lock_deleted(self, action: Action, node: ClusterNode) -> bool:
-        """Deletes a Lease that the node holds, as a clean-up or a restored backup does."""
+        """Deletes the Lease of a device that the node has attached, as a clean-up or a restored backup does.
+
+        Without Lease and attachment, nothing tells a new process which device an ID of a pod means.
+        """
         key = self._held(action, node)
-        if key is None:
+        if key is None or key not in node.attached():
             return False
         self.note(f"the Lease of {key} is deleted")
         self.lost_locks[key, node.name] = loop_of().time()

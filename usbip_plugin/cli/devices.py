@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, TextIO
 
+from usbip_plugin.config.schema import IMPORT_WINDOW_S
 from usbip_plugin.locks.record import (
     LOCK_LABELS,
     SESSION_LABELS,
@@ -77,6 +78,16 @@ def silent(known: LockedDevice, now: datetime) -> bool:
     sign = last_sign(known)
     durations = [lease.duration_seconds or 0 for lease in (known.session, known.lease) if lease is not None]
     return bool(known.lock.holder) and (sign is None or now - sign > timedelta(seconds=max(0, *durations)))
+
+
+def attached(known: LockedDevice, now: datetime) -> bool:
+    """Returns whether a living holder has the device attached, and has not written the lock just now.
+
+    A holder that has lost the device writes the lock at each try to attach it again.
+    """
+    written = known.lease.renew_time
+    settled = written is not None and now - written > timedelta(seconds=2 * IMPORT_WINDOW_S)
+    return bool(known.lock.holder) and known.lock.port is not None and settled and not silent(known, now)
 
 
 def reason(known: LockedDevice, now: datetime) -> tuple[Reason, str]:

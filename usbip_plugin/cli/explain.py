@@ -87,6 +87,7 @@ class DeviceDetails:
     now: when this was read, by the wall clock of this machine.
     twins: other devices that are listed or held with the serial number by which a resource selects this device.
     held_for: the device that was lost and is plugged in under this bus ID now, by its former name; "" if none is.
+    listed_in_use: devices that the server lists although living nodes have them attached.
     """
 
     device_id: str
@@ -101,6 +102,7 @@ class DeviceDetails:
     now: datetime
     twins: tuple[str, ...] = ()
     held_for: str = ""
+    listed_in_use: tuple[str, ...] = ()
 
     @property
     def device(self) -> str:
@@ -157,6 +159,8 @@ def _verdict(details: DeviceDetails) -> tuple[bool, str]:
         return False, f"{device} cannot be requested: no resource in the configuration selects it."
     if details.twins:
         return False, f"{device} is unavailable: it is selected by serial number, and another device has the same one."
+    if details.holder and details.listed_in_use:
+        return False, f"{device} is unavailable: node {details.holder} is silent, but its server lists devices in use."
     if details.holder:
         return True, f"{device} can be taken over: its holder, node {details.holder}, is silent."
     return True, f"{device} is available."
@@ -201,6 +205,8 @@ def _server(details: DeviceDetails) -> Iterator[str]:
         case Listing.UNLISTED:
             cause = "it is unplugged, not bound, or in use outside this cluster"
             yield f"Server {key.server} answers but does not list {key.busid}: {cause}."
+        case _ if details.listed_in_use:
+            yield f"Server {key.server} lists it, but also lists devices in use: {', '.join(details.listed_in_use)}."
         case _:
             consequence = ", so no node has it attached" if details.holder else ""
             yield f"Server {key.server} lists it as available{consequence}."
@@ -246,6 +252,8 @@ def _next(details: DeviceDetails) -> Iterator[str]:
         yield f"If the node is gone and the server has not noticed, run on the server: {unbind}"
     elif listing is Listing.UNLISTED and key is not None:
         yield f"Run on the server: usbip list -l shows what is plugged in; usbip bind -b {key.busid} exports it."
+    elif details.holder and details.listed_in_use:
+        yield f"If node {details.holder} is gone for good, run: usbip-plugin release {details.device} --force"
     elif details.twins:
         yield "Select each of them by bus_id in the configuration; docs/reference/configuration.md shows how."
     elif details.offers == ():

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from usbip_plugin.cli.devices import LockedDevice, known_devices
+from usbip_plugin.cli.devices import LockedDevice, attached, known_devices
 from usbip_plugin.cli.explain import DeviceDetails, Listing, Offer, PluginStatus, PodStatus, ServerAnswer
 from usbip_plugin.cli.parser import PLUGIN_LABEL
 from usbip_plugin.clock import Clock
@@ -147,6 +147,7 @@ class DeviceLookup:
             namespace=self.namespace,
             now=self.clock.now(),
             twins=self._twins(key, lock) if key is not None and lock is not None else (),
+            listed_in_use=self._listed_in_use(key.server) if key is not None else (),
             held_for=str(keys.get(lock.in_place_of, lock.in_place_of)) if lock is not None and lock.in_place_of else "",
         )
 
@@ -221,6 +222,15 @@ class DeviceLookup:
             if apart and (other.holder or (listed is not None and listed.devid == other.read_from)):
                 found.append(str(there))
         return tuple(sorted(found))
+
+    def _listed_in_use(self, server: ServerKey) -> tuple[str, ...]:
+        """Returns the devices that the server lists although living nodes have them attached."""
+        found = [
+            known.lock.key
+            for known in self.known
+            if known.lock.key is not None and known.lock.key.server == server and attached(known, self.clock.now())
+        ]
+        return tuple(sorted(key.busid for key in found if self._listed(key) is not None))
 
     def _listed(self, key: DeviceKey) -> Descriptor | None:
         listed = self.answers.get(key.server, "")

@@ -45,7 +45,10 @@ def refusal(details: DeviceDetails, known: LockedDevice) -> str:
         case Listing.LISTED:
             renewed = known.lease.renew_time
             fresh = renewed is not None and details.now - renewed < timedelta(seconds=IMPORT_WINDOW_S)
-            return "its lock was written a moment ago, so an import may be in progress" if fresh else ""
+            if fresh:
+                return "its lock was written a moment ago, so an import may be in progress"
+            listed = details.device.rpartition("/")[2] in details.listed_in_use
+            return f"it may be attached: its server lists it, but node {details.holder} is alive" if listed else ""
         case Listing.UNLISTED:
             return f"it may be attached: its server does not list it as available, and {where}"
         case _:

@@ -10,16 +10,18 @@ import socket
 import stat
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 
 from usbip_plugin.clock import Clock, SystemClock
 from usbip_plugin.config.reload import LoadedConfig
-from usbip_plugin.config.schema import Config, OnLoss
+from usbip_plugin.config.schema import IMPORT_WINDOW_S, Config, OnLoss
 from usbip_plugin.config.selectors import Match, matches
-from usbip_plugin.errors import ConfigError, KubeForbidden, KubeUnreachable, PluginError, UsbipError
+from usbip_plugin.errors import ConfigError, KubeError, KubeForbidden, KubeUnreachable, PluginError, UsbipError
 from usbip_plugin.kube.client import Api, connect
-from usbip_plugin.locks.record import LOCK_LABELS
+from usbip_plugin.locks.kubernetes import KubernetesLeases
+from usbip_plugin.locks.record import LOCK_LABELS, SESSION_LABELS, LeaseStore, is_lock_name, lock_of, session_name
 from usbip_plugin.model import DEVICE_ID_PREFIX, Descriptor, ServerKey
 from usbip_plugin.node.daemon import MakeDriver, Options
 from usbip_plugin.usbip.client import TcpUsbipClient
@@ -213,6 +215,44 @@ async def server_check(
     return [Finding(f"server {server}", outcome, "\n".join(lines + unmatched), cure)]
 
 
+async def lists_check(
+    store: LeaseStore,
+    servers: frozenset[ServerKey],
+    devlist: Callable[[ServerKey], Awaitable[tuple[Descriptor, ...]]],
+    now: datetime,
+) -> list[Finding]:
+    """Checks that no server lists a device that a living node has attached. Servers without an answer are left out."""
+    try:
+        locks = [(lease, lock_of(lease)) for lease in (await store.list(LOCK_LABELS)).items if is_lock_name(lease.name)]
+        sessions = {lease.name: lease for lease in (await store.list(SESSION_LABELS)).items}
+    except KubeError:
+        return []  # api_check reports it
+    attached: dict[ServerKey, dict[str, str]] = {}
+    for lease, lock in locks:
+        session, key = sessions.get(session_name(lock.holder)) if lock.holder else None, lock.key
+        if key is None or key.server not in servers or lock.port is None or session is None:
+            continue
+        beat, written = session.renew_time, lease.renew_time
+        alive = beat is not None and now - beat < timedelta(seconds=lock.duration)
+        # a holder that has lost its device writes the lock at each try to attach it again
+        if alive and written is not None and now - written > 2 * timedelta(seconds=IMPORT_WINDOW_S):
+            attached.setdefault(key.server, {})[key.busid] = lock.holder
+
+    async def listed_in_use(server: ServerKey) -> list[str]:
+        with contextlib.suppress(UsbipError):  # server_check reports it
+            both = sorted(attached[server].keys() & {device.busid for device in await devlist(server)})
+            return [f"lists {busid}, which node {attached[server][busid]} has attached" for busid in both]
+        return []
+
+    found = dict(zip(attached, await asyncio.gather(*map(listed_in_use, attached)), strict=True))
+    cure = "its list ends no lock: if a node dies with a device, run usbip-plugin release DEVICE --force"
+    return [
+        Finding(f"server {server}", Outcome.WARN, "\n".join(lines), cure)
+        for server, lines in sorted(found.items())
+        if lines
+    ]
+
+
 @dataclass(frozen=True, slots=True)
 class Permission:
     """A permission as RBAC grants it (ResourceAttributes). namespace: None for all, or for a cluster-wide object."""
@@ -334,7 +374,9 @@ async def check_node(options: Options, loaded: LoadedConfig | ConfigError, make_
                     evict=any(resource.on_loss is OnLoss.EVICT for resource in config.resources),
                 )
                 granted = await api_check(kube, needed)
-                return [*granted, *await admission_check(kube, options.namespace, options.node)]
+                leases = KubernetesLeases(kube, options.namespace)
+                listed = await lists_check(leases, config.servers(), devlist, clock.now())
+                return [*granted, *await admission_check(kube, options.namespace, options.node), *listed]
             finally:
                 await kube.close()
 
