@@ -28,6 +28,7 @@ from usbip_plugin.locks.watch import LockChange
 from usbip_plugin.model import Attachment, Descriptor, DeviceKey, Identity, Lock, ServerKey
 from usbip_plugin.usbip.client import Imported
 from usbip_plugin.usbip.identify import DeviceIdentity
+from usbip_plugin.usbip.poller import ServerFlaw
 from usbip_plugin.vhci.driver import ASKED_CHILD_WAIT_S, PortState
 from usbip_plugin.vhci.sysfs import PortStatus
 from usbip_sim.kernel.driver import SimulatedVhci
@@ -222,6 +223,7 @@ class Rig:
     pipeline: Pipeline
     tasks: ScriptedTasks
     events: list[DeviceEvent]
+    flaws: list[tuple[ServerKey, ServerFlaw]]
     progress: Progress = field(default_factory=lambda: Progress(""))
 
     async def attach(self, *, within: float = DEADLINE_S, **fields: object) -> Attachment:
@@ -293,6 +295,7 @@ async def rig() -> AsyncIterator[Rig]:
     context = NodeContext(ME, clock, random.Random(1), NoOpTracer())
     tasks = ScriptedTasks(context, cast("LockManager", locks), script)
     events: list[DeviceEvent] = []
+    flaws: list[tuple[ServerKey, ServerFlaw]] = []
     pipeline = Pipeline(
         context,
         client=client,
@@ -302,9 +305,9 @@ async def rig() -> AsyncIterator[Rig]:
         tasks=tasks,
         events=events.append,
         on_step=lambda _name, _seconds: None,
-        on_flaw=lambda _server, _flaw: None,
+        on_flaw=lambda server, flaw: flaws.append((server, flaw)),
     )
-    yield Rig(script, clock, locks, client, kernel, driver, files, sockets, pipeline, tasks, events)
+    yield Rig(script, clock, locks, client, kernel, driver, files, sockets, pipeline, tasks, events, flaws)
     taken = [port for port in kernel.ports() if port.status is not PortStatus.NULL]
     assert len(sockets) == len(taken), "a socket was not closed"
 

@@ -33,6 +33,7 @@ from usbip_plugin.errors import (
 )
 from usbip_plugin.locks.manager import IMPORT_WINDOW_S
 from usbip_plugin.model import DeviceKey, Identity
+from usbip_plugin.usbip.poller import ServerFlaw
 from usbip_plugin.vhci.driver import PortState
 from usbip_plugin.vhci.sysfs import PortStatus
 
@@ -258,6 +259,18 @@ async def test_a_busy_device_is_imported_again_within_the_window(r: Rig) -> None
     await r.attach()
     assert r.script.count(IMPORT) == 4
     assert sorted(r.client.limits, reverse=True) == r.client.limits, "the waits count"
+
+
+@pytest.mark.parametrize("former", [True, False])
+@on_rig
+async def test_a_server_that_refuses_a_takeover_as_busy_lists_devices_in_use(r: Rig, former: bool) -> None:
+    if former:
+        r.locks.former = r.locks.hold(KEY, "node-b")
+    busy = r.raises(DeviceBusy(KEY))
+    r.script.at(IMPORT, busy, busy, busy, busy)
+    with pytest.raises(DeviceBusy):
+        await r.attach()
+    assert r.flaws == ([(KEY.server, ServerFlaw.LISTS_IN_USE)] if former else [])
 
 
 @on_rig

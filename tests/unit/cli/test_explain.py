@@ -32,6 +32,11 @@ LOG = f"read the log of the plugin on that node: kubectl -n usbip-system logs $(
         (GONE_NODE, False, "its server does not export it."),
         (replace(GONE_NODE, server=LISTED), True, "can be taken over: its holder, node node-a, is silent."),
         (
+            replace(GONE_NODE, server=LISTED, listed_in_use=("1-2",)),
+            False,
+            "is unavailable: node node-a is silent, but its server lists devices in use.",
+        ),
+        (
             replace(WITH_SERIAL, twins=("lab:3240/1-2",)),
             False,
             "it is selected by serial number, and another device has the same one.",
@@ -68,6 +73,10 @@ def test_the_verdict_says_whether_the_device_is_available(facts: DeviceDetails, 
             ],
         ),
         (replace(HELD, pod=PodStatus.GONE), ["Pod ns/reader is gone", "within half a minute", LOG]),
+        (
+            replace(GONE_NODE, server=LISTED, listed_in_use=("1-2", "1-3")),
+            ["lists it, but also lists devices in use: 1-2, 1-3.", "usbip-plugin release lab:3240/1-1 --force"],
+        ),
         (replace(HELD, pod=PodStatus.ENDING), ["being deleted", "Wait: it becomes available"]),
         (
             replace(HELD, plugin=PluginStatus.NONE),

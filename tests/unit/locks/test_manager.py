@@ -223,6 +223,67 @@ async def test_a_takeover_asks_the_server_whether_it_lists_the_device(w: World) 
 
 
 @on_held_world
+async def test_an_unproven_device_does_not_expire_and_its_server_is_noted(w: World) -> None:
+    a, b = w.nodes
+    noted: list[str] = []
+    b.manager.expiry.on_listed_in_use = noted.append
+    b.manager.expiry.set_unproven(frozenset({KEY.id}))
+    b.manager.expiry.set_importable(frozenset({KEY.id}))
+    await a.stop()
+    await b.clock.sleep(LockSettings().duration / 2)
+    assert not noted
+    await b.clock.sleep(LockSettings().duration)
+    assert set(noted) == {KEY.id}
+    assert b.manager.lock_status(KEY.id) is LockStatus.HELD
+    with pytest.raises(LockHeld):
+        await b.manager.acquire(KEY)
+    b.manager.expiry.set_unproven(frozenset())
+    assert b.manager.lock_status(KEY.id) is LockStatus.EXPIRED
+
+
+@on_held_world
+async def test_a_heartbeat_after_a_whole_duration_shows_that_a_listed_device_is_in_use(w: World) -> None:
+    _, b = w.nodes
+    noted: list[str] = []
+    b.manager.expiry.on_listed_in_use = noted.append
+    b.manager.expiry.set_importable(frozenset({KEY.id}))
+    await b.clock.sleep(LockSettings().duration * 0.9)
+    assert not noted
+    await b.clock.sleep(LockSettings().duration)
+    assert KEY.id in noted
+
+
+@on_held_world
+async def test_an_observation_does_not_go_on_over_an_outage_of_the_observer(w: World) -> None:
+    a, b = w.nodes
+    b.manager.expiry.set_importable(frozenset({KEY.id}))
+    await b.clock.sleep(1)
+    a.fate = b.fate = unreachable
+    await b.clock.sleep(2 * LockSettings().duration)
+    b.fate = lambda _operation: FINE
+    await b.clock.sleep(LockSettings().duration * 0.9)
+    assert b.manager.lock_status(KEY.id) is LockStatus.HELD
+    await b.clock.sleep(LockSettings().duration)
+    assert b.manager.lock_status(KEY.id) is LockStatus.EXPIRED
+
+
+@on_world
+async def test_a_lock_of_another_boot_is_taken_and_released_only_if_the_server_lists_the_device(w: World) -> None:
+    before = await w.node("a", boot="boot-1")
+    await before.manager.acquire(KEY)
+    await before.stop()
+    after = await w.node("a", boot="boot-2")
+    after.listed = False
+    for work in (after.manager.acquire, after.manager.release):
+        with pytest.raises(LockUnavailable, match="another boot of this node holds it"):
+            await work(KEY)
+    assert w.backend.leases[KEY.id].holder == "a"
+    after.listed = True
+    await after.manager.release(KEY)
+    assert (w.backend.leases[KEY.id].holder, w.backend.leases[KEY.id].transitions) == ("", 2)
+
+
+@on_held_world
 async def test_heartbeats_keep_a_lock(w: World) -> None:
     _, b = w.nodes
     b.manager.expiry.set_importable(frozenset({KEY.id}))

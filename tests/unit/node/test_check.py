@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import os
 import socket
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,16 @@ from usbip_plugin.clock import SystemClock
 from usbip_plugin.config.reload import LoadedConfig
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.errors import ConfigError, KubeForbidden, KubeUnreachable, ServerUnreachable
-from usbip_plugin.model import Descriptor, ServerKey, UsbId
+from usbip_plugin.locks import record
+from usbip_plugin.locks.record import Lease
+from usbip_plugin.model import Descriptor, DeviceKey, ServerKey, UsbId
 from usbip_plugin.node import check
 from usbip_plugin.node.check import Finding, Outcome, Permission, check_node
 from usbip_plugin.node.daemon import Options
 from usbip_plugin.vhci.driver import DriverReport
 from usbip_plugin.vhci.linux import SysfsVhci
 from usbip_plugin.vhci.uevents import NetlinkUevents
+from usbip_sim.leases import MemoryBackend, MemoryLeases
 
 SERVER = ServerKey("lab")
 READY = DriverReport(
@@ -191,6 +195,41 @@ async def test_rights_for_node_status_and_evictions_are_needed_only_if_configure
     needed = check.permissions_needed("n", "node-a", publish_node_status=False)
     assert "eviction" not in " ".join(map(str, needed))
     assert not any(permission.resource == "nodes" for permission in needed)
+
+
+async def test_a_server_that_lists_what_a_living_node_has_attached_is_a_warning() -> None:
+    now = datetime(2026, 1, 1, tzinfo=UTC)
+    store = MemoryLeases(MemoryBackend(), SystemClock(), "node-a")
+
+    def ago(seconds: float) -> datetime:
+        return now - timedelta(seconds=seconds)
+
+    async def hold(busid: str, holder: str, *, written: float = 60, port: str | None = "1") -> None:
+        key = DeviceKey(SERVER, busid)
+        notes = record.device_annotations(key) | ({record.PORT: port} if port else {})
+        await store.create(Lease(key.id, holder, 40, None, ago(written), 1, notes, record.LOCK_LABELS))
+
+    for node, beat in (("alive", 5), ("dead", 500)):
+        name = record.session_name(node)
+        await store.create(Lease(name, node, 40, None, ago(beat), labels=record.SESSION_LABELS))
+    await hold("1-1", "alive")
+    await hold("1-2", "alive", written=5)
+    await hold("1-3", "alive", port=None)
+    await hold("1-4", "dead")
+    await hold("1-5", "alive")
+    await hold("1-6", "")
+
+    async def devlist(_server: ServerKey) -> tuple[Descriptor, ...]:
+        return tuple(descriptor(busid) for busid in ("1-1", "1-2", "1-3", "1-4", "1-6"))
+
+    (finding,) = await check.lists_check(store, frozenset({SERVER}), devlist, now)
+    assert (finding.outcome, finding.detail) == (Outcome.WARN, "lists 1-1, which node alive has attached")
+
+    async def unreachable(server: ServerKey) -> tuple[Descriptor, ...]:
+        raise ServerUnreachable(server, "refused")
+
+    assert await check.lists_check(store, frozenset({SERVER}), unreachable, now) == []
+    assert await check.lists_check(store, frozenset(), devlist, now) == []
 
 
 async def test_a_refused_access_review_is_a_warning_and_an_unreachable_api_server_a_failure() -> None:

@@ -19,6 +19,7 @@ from usbip_plugin.usbip.poller import (
     POLL_TIMEOUT,
     SECOND_LOOK,
     NodeCount,
+    ServerFlaw,
     ServerPoller,
     ServerState,
     ServerView,
@@ -212,6 +213,25 @@ async def test_poll_soon_during_a_poll_leads_to_one_more_poll(lab: Lab) -> None:
     await lab.clock.sleep(2 * share(1))
     assert len(polls) == 2
     lab.poller.poll_soon(ServerKey("unknown"))
+
+
+@three_servers
+async def test_a_flaw_of_a_server_is_kept_while_the_process_lives(lab: Lab) -> None:
+    a, b, _ = lab.keys
+    stick = DeviceKey(a, "1-1")
+    await lab.clock.sleep(10)
+    assert await lab.poller.is_exported(stick)
+    for _ in range(2):
+        lab.poller.note_flaw(a, ServerFlaw.LISTS_IN_USE)
+    assert [view.server for view in lab.changes if view.flaws] == [a], "reported once"
+    assert not await lab.poller.is_exported(stick), "its list is no evidence"
+    lab.servers[0].unplug("1-1")
+    await lab.clock.sleep(10)
+    assert lab.poller.views[a].lists_in_use
+    lab.poller.set_servers(frozenset({b}))
+    lab.poller.set_servers(frozenset({a, b}))
+    assert (lab.poller.views[a].lists_in_use, lab.poller.views[b].lists_in_use) == (True, False)
+    lab.poller.note_flaw(ServerKey("unknown"), ServerFlaw.LISTS_IN_USE)
 
 
 @three_servers
