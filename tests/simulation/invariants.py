@@ -77,6 +77,7 @@ class Watch:
         self.looks = 0
         self._keys = {key.id: key for key in self._all_keys()}
         self._failed: Violation | None = None
+        self._released_by_hand_of: set[tuple[str, PodRef]] = set()
         self._lasting = Lasting()
         self._for_long = self._lasting.for_long
         self._statuses = NodeStatuses(self._lasting)
@@ -146,6 +147,8 @@ class Watch:
             claim = agent.claims.view.get(lease.name) if agent is not None else None
             if claim is not None and claim.state in IN_USE:
                 self._fail("what a person has released is not taken back", f"{claim.key} by {new[0]}")
+        if after is not None and record.lock_of(after).by_hand:
+            self._released_by_hand_of |= {(lease.name, pod) for pod in self.chaos.pods}
         if old[0] in self.cluster.nodes and not new[0] and after is not None and not record.lock_of(after).by_hand:
             self._let_go(self.cluster.nodes[old[0]], lease.name)
         if self.settings.lists_in_use and {old[0], new[0]} <= self.cluster.nodes.keys() and old[0] != new[0]:
@@ -169,7 +172,8 @@ class Watch:
     def _let_go(self, node: ClusterNode, device_id: str) -> None:
         """Checks that a released lock is not that of a running pod's device."""
         for (pod, container, _), allocation in node.kubelet.manager.checkpoint.items():
-            if device_id in allocation.device_ids and self.chaos.pods.get(pod) is node:
+            lost = (device_id, pod) in self._released_by_hand_of
+            if device_id in allocation.device_ids and self.chaos.pods.get(pod) is node and not lost:
                 self._fail(
                     "a pod's device is not released", f"{node.name}: {self._keys.get(device_id)} of {pod} {container}"
                 )
@@ -268,7 +272,9 @@ class Watch:
         quiet = self.quiet(node)
         for device_id, lease in self.cluster.backend.leases.items():
             if record.is_lock_name(device_id) and lease.holder == node.name:
-                bad = quiet and not agent.claims.in_use(device_id)
+                earlier = lease.annotations.get(record.BOOT_ID) != agent.locks._me.boot_id
+                free = device_id in self._keys and self.reachable(node, self._keys[device_id])
+                bad = quiet and not agent.claims.in_use(device_id) and (free or not earlier)
                 if self._for_long(bad, now, UNCLAIMED_LOCK_S / node.clock.rate, "lock", node.name, device_id):
                     raise Violation("no lock without a claim", f"{node.name} holds {self._keys.get(device_id)}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import logging
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from usbip_plugin.attach.release import Releaser
 from usbip_plugin.attach.tasks import DeviceTasks
 from usbip_plugin.claims import Claim, ClaimEvent, ClaimState, DeviceUser
 from usbip_plugin.context import NodeContext
-from usbip_plugin.errors import CdiError, VhciError
+from usbip_plugin.errors import CdiError, LockError, VhciError
 from usbip_plugin.locks.manager import LockManager
 from usbip_plugin.model import DeviceKey, Lock, NodeIdentity, UsbId
 from usbip_plugin.observe.spans import device_attributes, pod_attributes, span
@@ -178,6 +179,9 @@ class Adopter:
             return
         orphan = lock.in_place_of is not None
         verdict = decide_adoption(lock, self._me, attached=attachment is not None, used=used, orphan=orphan)
+        if verdict is Adoption.RELEASE and lock.boot_id != self._me.boot_id:
+            self._tasks.spawn(self._release_earlier(claim), f"release {key}")
+            return
         attributes = device_attributes(key) | pod_attributes(lock.pod) | {"usbip.adoption": verdict.name.lower()}
         with span(self._tracer, "adopt", attributes, context=remote_parent(claim.traceparent)):
             match verdict:
@@ -189,6 +193,22 @@ class Adopter:
                 case Adoption.RELEASE:
                     self._tasks.book.move(claim, ClaimEvent.UNUSED)
                     self._tasks.spawn(self._releaser.finish_locked(key.id, ClaimState.RELEASING), f"release {key}")
+
+    async def _release_earlier(self, claim: Claim) -> None:
+        """Releases the lock of a device that another boot had, if the server lists the device as free (R3).
+
+        There is no claim on the device meanwhile, so that no Allocate waits for it. The next adopt() tries again.
+        """
+        async with self._tasks.mutex(claim.id):
+            lock = self._locks.locks.get(claim.id)
+            if lock is None or lock.boot_id == self._me.boot_id or self._tasks.book.in_use(claim.id):
+                return
+            with contextlib.suppress(LockError, CdiError):
+                self._specs.remove(claim)
+                await self._locks.release(claim.key)
+                log.info(
+                    "device released", extra={"device": str(claim.key), "pod": str(lock.pod) if lock.pod else None}
+                )
 
     def _adopt_attached(self, claim: Claim) -> None:
         try:

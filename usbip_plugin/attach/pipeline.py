@@ -237,10 +237,9 @@ class Pipeline:
         for key in taken:
             log.warning("lock taken again, device kept attached", extra={"device": str(key)})
             self._tasks.note_port(key, now.port)
-            if now.serial is not None:
-                listed = self._locks.locks.get(key.id)
-                devid = listed.read_from if listed is not None else None
-                self._tasks.note_identity(key, Identity(devid, now.serial))
+            port = own_port(claim.location, await self._driver.ports(), now.port)
+            if now.serial is not None and port is not None:
+                self._tasks.note_identity(key, Identity(port.devid, now.serial))
         return attachment
 
     async def _write_location(self, claim: Claim, location: DeviceKey) -> Grant:

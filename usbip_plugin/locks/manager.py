@@ -170,12 +170,15 @@ class LockManager:
         Raises LockHeld if another node holds it, LockUnavailable if another boot of this node does (R3), or if the API
         server does not answer or refuses.
         If the call is cancelled or unavailable and its write takes effect after all, run() releases the lock again.
-        With claimed=True, run() does not release it: the caller must, whatever the outcome of this call.
+        With claimed=True, run() does not release it: the caller must, whatever the outcome of this call. A lock that a
+        person has released is not taken then (R6).
         """
         former: Lock | None = None
 
         async def decide(lease: Lease | None, write: Write) -> Decision:
             nonlocal former
+            if claimed and lease is not None and protocol.released_by_hand(lease):
+                return Denied(lease)
             importable = self.expiry.importable(key.id)
             observation = self.expiry.observation(key.id)
             ask = protocol.of_another_boot(lease, self._me)
@@ -356,6 +359,8 @@ class LockManager:
 def _held(key: DeviceKey, lease: Lease | None, me: NodeIdentity) -> LockError:
     if lease is None:
         return LockUnavailable(str(key), "its Lease was deleted meanwhile")
+    if lease.holder == "":
+        return LockUnavailable(str(key), "a person has released it")
     if protocol.of_another_boot(lease, me):
         return LockUnavailable(str(key), "another boot of this node holds it, and its server does not list it as free")
     lock = record.lock_of(lease)

@@ -203,6 +203,11 @@ def is_free(lease: Lease | None) -> bool:
     return lease is None or lease.holder == ""
 
 
+def released_by_hand(lease: Lease) -> bool:
+    """Returns whether a person has released the lock, and nobody has taken it since."""
+    return is_free(lease) and lease.annotations.get(record.WRITE_ID) == record.BY_HAND
+
+
 def is_mine(lease: Lease | None, me: NodeIdentity) -> bool:
     """Returns whether this boot of this node holds the lock (R3). If it no longer does, the lock is lost (R6)."""
     return lease is not None and lease.holder == me.node and lease.annotations.get(record.BOOT_ID) == me.boot_id
