@@ -257,7 +257,7 @@ async def test_a_heartbeat_after_a_whole_duration_shows_that_a_listed_device_is_
 async def test_an_observation_does_not_go_on_over_an_outage_of_the_observer(w: World) -> None:
     a, b = w.nodes
     b.manager.expiry.set_importable(frozenset({KEY.id}))
-    await b.clock.sleep(1)
+    await b.clock.sleep(LockSettings().duration * 0.3)
     a.fate = b.fate = unreachable
     await b.clock.sleep(2 * LockSettings().duration)
     b.fate = lambda _operation: FINE
