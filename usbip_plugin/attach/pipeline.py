@@ -272,6 +272,9 @@ class Pipeline:
         try:
             return await self._locks.acquire(claim.key, meta, claimed=True)
         except LockHeld as held:
+            if held.holder == self._me.node:
+                cause = "another boot of this node holds it, and its server does not list it as free (rule R3)"
+                raise LockUnavailable(str(claim.key), cause) from held
             raise LockLost(str(claim.key), held.holder) from held
 
     async def _attach(

@@ -11,7 +11,7 @@ from usbip_plugin.attach.tasks import RELEASE_FIRST_WAIT, RELEASE_MAX_WAIT, Devi
 from usbip_plugin.claims import IN_USE, Claim, ClaimEvent, ClaimState
 from usbip_plugin.clock import backoff
 from usbip_plugin.context import NodeContext
-from usbip_plugin.errors import KubeError, LockError, LockLost, VhciError
+from usbip_plugin.errors import KubeError, LockError, LockHeld, LockLost, VhciError
 from usbip_plugin.locks.manager import LockManager
 from usbip_plugin.observe.spans import Tries, device_attributes, pod_attributes, span
 from usbip_plugin.observe.tracing import links_to, remote_parent
@@ -77,6 +77,8 @@ class Releaser:
                         if self._book[device_id].state is ClaimState.RELEASING:
                             await self._locks.release(claim.key)
                     break
+                except LockHeld:
+                    break  # another boot has the lock: adopt() releases it when its server lists the device (R3)
                 except LockLost:
                     self._book.move(self._book[device_id], ClaimEvent.LOCK_LOST)
                 except (VhciError, LockError, KubeError) as error:

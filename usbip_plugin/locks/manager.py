@@ -167,7 +167,7 @@ class LockManager:
     async def acquire(self, key: DeviceKey, meta: LockMeta | None = None, *, claimed: bool = False) -> Grant:
         """Takes the lock, or writes it once more if this boot of this node holds it already (R2, R3, R4).
 
-        Raises LockHeld if another node holds it, LockUnavailable if another boot of this node does (R3), or if the API
+        Raises LockHeld if another node holds it, or another boot of this node (R3). Raises LockUnavailable if the API
         server does not answer or refuses.
         If the call is cancelled or unavailable and its write takes effect after all, run() releases the lock again.
         With claimed=True, run() does not release it: the caller must, whatever the outcome of this call. A lock that a
@@ -281,7 +281,7 @@ class LockManager:
         Raises LockHeld or LockUnavailable if the write was denied, LockLost if the lock was lost before the second one.
         """
         if isinstance(outcome, Denied):
-            raise _held(key, outcome.lease, self._me)
+            raise _held(key, outcome.lease)
         if self._clock.monotonic() - outcome.sent_at > self.settings.import_window / 2:
             outcome = await self._amend(key, {})
         return self._grant(outcome)
@@ -356,13 +356,11 @@ class LockManager:
         return self.rules.decide_release(lease, write)
 
 
-def _held(key: DeviceKey, lease: Lease | None, me: NodeIdentity) -> LockError:
+def _held(key: DeviceKey, lease: Lease | None) -> LockError:
     if lease is None:
         return LockUnavailable(str(key), "its Lease was deleted meanwhile")
     if lease.holder == "":
         return LockUnavailable(str(key), "a person has released it")
-    if protocol.of_another_boot(lease, me):
-        return LockUnavailable(str(key), "another boot of this node holds it, and its server does not list it as free")
     lock = record.lock_of(lease)
     since = lock.acquired_at.isoformat(timespec="seconds") if lock.acquired_at is not None else None
     return LockHeld(str(key), lock.holder, str(lock.pod) if lock.pod is not None else None, since)
