@@ -14,6 +14,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from typing import ParamSpec
 from unittest import mock
 
@@ -25,8 +26,9 @@ from tests.simulation.lasting import Violation
 from tests.simulation.plan import CONDITIONS, PROMISED, Plan, Settings
 from usbip_plugin.attach.usage import ALLOCATION_GRACE
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
-from usbip_plugin.locks.protocol import Rules
-from usbip_plugin.model import DeviceKey, PodRef, Reason
+from usbip_plugin.locks import record
+from usbip_plugin.locks.protocol import Rules, Write, released
+from usbip_plugin.model import DeviceKey, NodeIdentity, PodRef, Reason
 from usbip_plugin.node.agent import MetricHooks
 from usbip_plugin.vhci.driver import VhciDriver
 from usbip_sim.leases import FINE
@@ -240,6 +242,14 @@ class _Play:
                 self.note(f"{server.key} is restarted for its half-open connections")
                 server.halt()
                 server.running = True
+        for name, lease in list(c.backend.leases.items()) if self._plan.settings.lists_in_use else ():
+            # such a server does not show whether the machine with the earlier boot has the device (R3)
+            node = c.nodes.get(lease.holder) if record.is_lock_name(name) else None
+            boot = node.agent.locks._me.boot_id if node is not None and node.agent is not None else None
+            if boot is not None and lease.annotations.get(record.BOOT_ID) != boot:
+                self.note(f"a person releases {name}, which an earlier boot of {lease.holder} holds")
+                write = Write(NodeIdentity(lease.holder, ""), datetime(2026, 1, 1, tzinfo=UTC), record.BY_HAND, 0.0)
+                c.backend.replace(released(lease, write).lease)
 
     async def _new_pods(self, c: Cluster, chaos: Chaos) -> None:
         """Checks that a new pod on each node gets a device."""

@@ -258,7 +258,8 @@ class LockManager:
         (R5).
         """
         with span(self._tracer, "lock.release", device_attributes(key)):
-            if protocol.of_another_boot(self._view.lease(key.id), self._me):
+            lease = self._view.lease(key.id)
+            if protocol.of_another_boot(lease, self._me) and not protocol.is_in_place_of_another(lease):
                 await self.acquire(key, claimed=True)
             async with self._device_lock(key.id):
                 await self._writer.drive(key, self._decide_release)

@@ -164,8 +164,13 @@ def decide_amend(lease: Lease | None, write: Write, changes: Mapping[str, str | 
 
 
 def decide_release(lease: Lease | None, write: Write) -> Decision:
-    """Decides to clear the holder if it is this boot of this node (R5). Returns Denied if it is not."""
-    return released(lease, write) if lease is not None and is_mine(lease, write.me) else Denied(lease)
+    """Decides to clear the holder if it is this boot of this node (R5). Returns Denied if it is not.
+
+    A lock in place of another device is released under any boot: the lock of that device decides who has it, and the
+    bus ID may never be listed again.
+    """
+    ours = is_mine(lease, write.me) or (of_another_boot(lease, write.me) and is_in_place_of_another(lease))
+    return released(lease, write) if lease is not None and ours else Denied(lease)
 
 
 def released(lease: Lease, write: Write) -> Replace:
@@ -201,6 +206,11 @@ def decide_session(lease: Lease | None, write: Write) -> Decision:
 def is_free(lease: Lease | None) -> bool:
     """Returns whether nobody holds the lock: no Lease exists, or its holder is empty (R2)."""
     return lease is None or lease.holder == ""
+
+
+def is_in_place_of_another(lease: Lease | None) -> bool:
+    """Returns whether the lock was taken for a device that was known under another bus ID."""
+    return lease is not None and record.IN_PLACE_OF in lease.annotations
 
 
 def released_by_hand(lease: Lease) -> bool:

@@ -182,6 +182,8 @@ def test_r5_only_a_lock_of_this_node_is_released() -> None:
     for lease in (held(OTHER), held(REBOOTED), released(OTHER), None):
         assert protocol.decide_release(lease, write(ME)) == Denied(lease)
     assert isinstance(protocol.decide_release(held(ME), write(ME)), Replace)
+    elsewhere = replace(held(ME), annotations={**held(ME).annotations, record.IN_PLACE_OF: OTHER_KEY.id})
+    assert isinstance(protocol.decide_release(elsewhere, write(REBOOTED)), Replace), "the device's own lock decides"
 
 
 def by_hand(lease: Lease) -> Lock:
