@@ -21,6 +21,7 @@ from usbip_plugin.kube.node_status import NodeStatusPublisher
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer
 from usbip_plugin.kubelet.pod_resources import PodResourcesWatcher
 from usbip_plugin.kubelet.publish import KubeletPublisher
+from usbip_plugin.locks import protocol
 from usbip_plugin.locks.manager import Grant, LockManager
 from usbip_plugin.model import DeviceKey, Lock
 from usbip_plugin.usbip import client
@@ -95,7 +96,11 @@ PAST: Mapping[str, Wrong] = {
         LockManager, "mine", all_that_name_this_node, (LockManager, "renew", renew_only)
     ),
     "a-released-lock-is-taken-back": patched(
-        Pipeline, "_write_again", write_again_though_lost, (Pipeline, "_check_still_ours", look_at_the_lock_only)
+        Pipeline,
+        "_write_again",
+        write_again_though_lost,
+        (Pipeline, "_check_still_ours", look_at_the_lock_only),
+        (protocol, "released_by_hand", lambda _lease: False),
     ),
     "a-pod-that-lost-its-device-is-forgotten": patched(Releaser, "detach_and_release", finish_for_good),
     "a-device-of-two-resources": patched(health, "serves", anything, (attacher, "serves", anything)),
