@@ -106,7 +106,7 @@ def test_an_allocate_evaluates_its_own_device_only(monkeypatch: pytest.MonkeyPat
             evaluated.clear()
             assert await c["node-a"].admit(pod("p"), "stick") is None
             (allocated,) = c["node-a"].held_in(ClaimState.ATTACHED)
-            # changes of its claim and its lock: one evaluation each
-            assert evaluated == [allocated.id] * 8
+            # changes of its claim, the last one at the answer, and of its lock: one evaluation each
+            assert evaluated == [allocated.id] * 9
 
     life()
