@@ -30,6 +30,7 @@ DEVICES: Mapping[Reason, str] = {
     Reason.API_UNREACHABLE: "see [UsbipApiUnreachable]: without the API server nobody can lock",
     Reason.NO_DRIVER: "[load it][module]",
     Reason.NO_PORT: "see [UsbipNoFreePort]",
+    Reason.ALLOCATES_FAILED: "as the error says: it is offered again after a time, at once after a replug",
     Reason.UNKNOWN: "see [the server does not answer][server]: it never answered since the plugin started",
 }
 """What to do about the reason of a device."""
@@ -42,7 +43,7 @@ ALLOCATES: Mapping[str, str] = {
     "malformed_reply": "check host and port in the configuration, and proxies in between",
     "device_busy": "run `usbip port` on other machines; on the server, unbind and bind the device",
     "not_exported": "run `usbip bind -b BUSID` on the server",
-    "import_refused": "see the log of `usbipd`, and `dmesg` on the server",
+    "import_refused": "as the error says; see the log of `usbipd`, and `dmesg` on the server",
     "wrong_device": "select by vendor and product, or by serial number: the device was replugged",
     "wrong_serial": "put the right device back, or correct the selector; no pod got it",
     "no_driver": "[load it][module]",

@@ -77,28 +77,40 @@ class MalformedReply(UsbipError):
     """A reply that breaks the protocol or one of the bounds put on it."""
 
 
+_REBIND = "run on the server: usbip unbind -b BUSID && usbip bind -b BUSID"
+_REFUSALS = {
+    1: ("is not available", f"end its use outside the cluster, or {_REBIND}"),
+    2: ("is in use by another client", f"end its use outside the cluster; if nobody uses it, {_REBIND}"),
+    3: ("is in an error state", f"replug it, or {_REBIND}"),
+    4: ("is not exported", "run on the server: usbip bind -b BUSID"),
+    5: ("could not be exported", "see the server's log, and restart the server"),
+}
+"""What each status of an IMPORT reply says about the device, and what to do (tools/usb/usbip/libsrc/usbip_common.h)."""
+_UNKNOWN_REFUSAL = "was refused for a reason unknown to USB/IP", "see the server's log"
+
+
 class ImportRefused(UsbipError):
     """The server answered IMPORT with a status other than 0. status: the number in the reply."""
 
-    def __init__(self, key: DeviceKey, status: int, message: str | None = None) -> None:
+    def __init__(self, key: DeviceKey, status: int) -> None:
         self.key = key
         self.status = status
-        super().__init__(key.server, message or f"refused to export {key.busid} (status {status})")
+        words, cure = _REFUSALS.get(status, _UNKNOWN_REFUSAL)
+        super().__init__(key.server, f"{key.busid} {words} (status {status}); {cure}".replace("BUSID", key.busid))
 
 
 class DeviceBusy(ImportRefused):
     """The server answered IMPORT with status 2: the device is already exported to another client."""
 
     def __init__(self, key: DeviceKey) -> None:
-        super().__init__(key, 2, f"{key.busid} is in use by another client (status 2)")
+        super().__init__(key, 2)
 
 
 class DeviceUnknown(ImportRefused):
     """The server answered IMPORT with status 4: no device has this bus ID, or it is not bound to usbip-host."""
 
     def __init__(self, key: DeviceKey) -> None:
-        cure = f"run on the server: usbip bind -b {key.busid}"
-        super().__init__(key, 4, f"{key.busid} is not exported (status 4); {cure}")
+        super().__init__(key, 4)
 
 
 class WrongDevice(UsbipError):
@@ -310,7 +322,14 @@ class UnknownDevice(AllocateError):
 
 
 class AllocateTimeout(AllocateError):
-    """An Allocate did not finish within allocateTimeout. Its steps are undone."""
+    """An Allocate did not finish within allocateTimeout. Its steps are undone.
+
+    at_device: whether server or device were slow, rather than the API server or another task of this node.
+    """
+
+    def __init__(self, message: str, *, at_device: bool = False) -> None:
+        self.at_device = at_device
+        super().__init__(message)
 
 
 class ClaimBusy(AllocateError):
@@ -351,3 +370,13 @@ class AmbiguousDevice(CommandError):
 
 class ReleaseRefused(CommandError):
     """A release was not carried out. Nothing was written."""
+
+
+def is_device_failure(error: PluginError) -> bool:
+    """Returns whether an Allocate failed because of the device or its server, so that the next one may fail as well.
+
+    Locks, API server, full ports and this node's configuration are other causes.
+    """
+    if isinstance(error, AllocateTimeout):
+        return error.at_device
+    return isinstance(error, UsbipError | AttachRefused | AttachStuck | NodesMissing)

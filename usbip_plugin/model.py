@@ -193,6 +193,7 @@ class Lock:
     serial, interfaces, read_from: the fields of `identity`.
     in_place_of: the ID of another device, which is now plugged in at this bus ID and attached from it.
     by_hand: whether the last write was a release by a person.
+    failed_epoch: the epoch of the last Allocate that failed because of the device; None since a later one succeeded.
     """
 
     device_id: str
@@ -214,6 +215,7 @@ class Lock:
     by_hand: bool = False
     interfaces: tuple[InterfaceClass, ...] | None = None
     read_from: int | None = None
+    failed_epoch: int | None = None
 
     @property
     def identity(self) -> Identity:
@@ -243,6 +245,7 @@ class Reason(enum.Enum):
     API_UNREACHABLE = "API server unreachable"
     NO_DRIVER = "vhci_hcd is not loaded on this node"
     NO_PORT = "no free vhci port on this node"
+    ALLOCATES_FAILED = "recent Allocates failed"
     UNKNOWN = "not seen yet"
 
     @property

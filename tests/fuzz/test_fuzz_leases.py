@@ -71,6 +71,7 @@ NOTES = st.sampled_from(
         record.PORT,
         record.POD,
         record.TRACEPARENT,
+        record.FAILED_EPOCH,
     ]
 )
 

@@ -21,7 +21,7 @@ from usbip_plugin.attach.tasks import DeviceTasks
 from usbip_plugin.claims import Claim, ClaimEvent, ClaimState, allocated, serves
 from usbip_plugin.config.schema import DEFAULT_CHILDREN_TIMEOUT_S
 from usbip_plugin.context import NodeContext
-from usbip_plugin.errors import AllocateTimeout, ClaimBusy, PluginError
+from usbip_plugin.errors import AllocateTimeout, ClaimBusy, PluginError, is_device_failure
 from usbip_plugin.locks.manager import LockManager
 from usbip_plugin.model import Attachment, DeviceKey, Identity, UsbId
 from usbip_plugin.observe.tracing import links_to, traceparent_of
@@ -31,6 +31,10 @@ _BUSY = {
     ClaimState.RELEASING: "is being released",
     ClaimState.LOST: "has lost its lock",
 }
+
+
+AllocateOutcome = Callable[[DeviceKey, PluginError | None, float], None]
+"""Callback for the outcome of an Allocate for one device: its error, None if it succeeded, and the seconds it took."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +81,7 @@ class Attacher:
         tasks: DeviceTasks,
         pipeline: Pipeline,
         releaser: Releaser,
+        on_outcome: AllocateOutcome,
     ) -> None:
         self._me = context.me
         self._clock = context.clock
@@ -86,6 +91,7 @@ class Attacher:
         self._book = tasks.book
         self._pipeline = pipeline
         self._releaser = releaser
+        self._on_outcome = on_outcome
 
     async def allocate(
         self, wanted: Sequence[DeviceRequest], timeout: float, accept: Callable[[Sequence[Attachment]], None]
@@ -144,22 +150,28 @@ class Attacher:
 
         After a failure, undoes the finished steps once `answer` is set.
         """
+        began = self._clock.monotonic()
         progress = Progress("waiting for another task of this device")
         mutex = self._tasks.mutex(wanted.key.id)
         held = False
+        failure: PluginError | None = None
         try:
             try:
                 async with self._clock.timeout(max(0.0, deadline - self._clock.monotonic())):
                     held = await mutex.acquire()
                     outcome = await self._obtain_locked(wanted, deadline, progress)
+                self._on_outcome(wanted.key, None, self._clock.monotonic() - began)
                 _settle(answer, outcome)
             except TimeoutError:
                 text = f"{wanted.key}: {timeout:g} s passed (allocateTimeout) while {progress.doing}"
-                _settle(answer, AllocateTimeout(text))
+                failure = AllocateTimeout(text, at_device=progress.at_device)
             except PluginError as error:
-                _settle(answer, error)
+                failure = error
+            if failure is not None:
+                self._on_outcome(wanted.key, failure, self._clock.monotonic() - began)
+                _settle(answer, failure)
             if held and answer.exception() is not None:
-                await self._undo(wanted.key.id)
+                await self._undo(wanted.key.id, failed=failure is not None and is_device_failure(failure))
         finally:
             if held:
                 mutex.release()
@@ -201,7 +213,7 @@ class Attacher:
         )
         return Outcome(await self._pipeline.attach_new(claim, wanted.identity, deadline, progress), newly_attached=True)
 
-    async def _undo(self, device_id: str) -> None:
+    async def _undo(self, device_id: str, *, failed: bool) -> None:
         """Detaches and releases the device of a failed Allocate. The caller holds the mutex.
 
         A claim that is not Locking, Importing or Attaching was not made by this Allocate, and stays.
@@ -214,7 +226,7 @@ class Attacher:
         self._book.move(
             claim, ClaimEvent.LOCK_LOST if taken and claim.state is not ClaimState.LOCKING else ClaimEvent.FAILED
         )
-        await self._releaser.detach_and_release(device_id)
+        await self._releaser.detach_and_release(device_id, failed=failed)
 
 
 def _same_allocate(before: Claim, now: Claim) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from usbip_plugin.attach.adopt import Adopter
-from usbip_plugin.attach.attacher import Attacher
+from usbip_plugin.attach.attacher import AllocateOutcome, Attacher
 from usbip_plugin.attach.cdi import CdiSpecs
 from usbip_plugin.attach.events import EventSink, Reattach
 from usbip_plugin.attach.locate import DeviceLocator
@@ -49,12 +49,14 @@ class Attachments:
         evict: Callable[[PodRef, str], None],
         on_step: Callable[[str, float], None],
         on_reattach: Callable[[Reattach], None],
+        on_outcome: AllocateOutcome,
     ) -> None:
         """Makes the parts. Nothing runs before run().
 
         evict(pod, cause): begins to evict a pod that has lost its device, or whose device has other device nodes now.
         on_step(step, seconds): called when a step of an attach or a release has ended.
         on_reattach(result): called when a try to re-attach a device has ended.
+        on_outcome: called when an Allocate has ended for one device, before it answers.
         """
         self._locks = locks
         self._specs = specs
@@ -103,7 +105,15 @@ class Attachments:
         self.adopter = Adopter(
             context, driver=driver, locks=locks, specs=specs, tasks=tasks, releaser=releaser, monitor=self.monitor
         )
-        self.attacher = Attacher(context, locks=locks, specs=specs, tasks=tasks, pipeline=pipeline, releaser=releaser)
+        self.attacher = Attacher(
+            context,
+            locks=locks,
+            specs=specs,
+            tasks=tasks,
+            pipeline=pipeline,
+            releaser=releaser,
+            on_outcome=on_outcome,
+        )
         self.usage = UsageTracker(context, tasks=tasks, releaser=releaser, reattacher=reattacher, events=events)
 
     async def run(self) -> None:

@@ -112,10 +112,14 @@ PROBE_TIMEOUT = 4.0
 
 
 class Progress:
-    """The step of an attach that is under way, in words, for the error after a timeout."""
+    """The step of an attach that is under way, for the error after a timeout.
+
+    doing: the step in words. at_device: whether it waits for the device or its server.
+    """
 
     def __init__(self, doing: str) -> None:
         self.doing = doing
+        self.at_device = False
 
 
 class Pipeline:
@@ -283,7 +287,7 @@ class Pipeline:
         """second_try: whether a second try follows an AttachStuck, for which this one leaves time."""
         claim = self._book[device_id]
         key = claim.location
-        progress.doing = f"importing {key.busid} from USB/IP server {key.server}"
+        progress.doing, progress.at_device = f"importing {key.busid} from USB/IP server {key.server}", True
         with self.span("import", key, SpanKind.CLIENT) as step:
             step.set_attributes({"server.address": key.server.host, "server.port": key.server.port})
             step.set_attributes({"network.transport": "tcp", "network.protocol.name": "usbip"})

@@ -51,14 +51,16 @@ class Releaser:
                 self._book.move(claim, ClaimEvent.POD_GONE)
                 await self.detach_and_release(device_id)
 
-    async def detach_and_release(self, device_id: str, *, keep: bool = False) -> None:
+    async def detach_and_release(self, device_id: str, *, keep: bool = False, failed: bool = False) -> None:
         """Detaches the device, then releases its lock (R5), and retries until both are done.
 
         The claim must be Releasing or Lost, and the caller must hold the device's mutex.
 
         keep: whether a Lost claim stays, for the pod that has lost its device.
+        failed: whether the claim's Allocate failed because of the device, for the record on the lock.
         """
         claim = self._book[device_id]
+        outcome = failed if failed or claim.allocated_as is not None else None
         began = self._clock.monotonic()
         waits = backoff(self._rng, RELEASE_FIRST_WAIT, RELEASE_MAX_WAIT)
         attributes = device_attributes(claim.key) | pod_attributes(claim.pod)
@@ -75,7 +77,7 @@ class Releaser:
                         await self._pipeline.detach_from_location(device_id)
                         self._specs.remove(self._book[device_id])
                         if self._book[device_id].state is ClaimState.RELEASING:
-                            await self._locks.release(claim.key)
+                            await self._locks.release(claim.key, failed=outcome)
                     break
                 except LockHeld:
                     break  # another boot has the lock: adopt() releases it when its server lists the device (R3)

@@ -173,6 +173,8 @@ def _lock(details: DeviceDetails) -> Iterator[str]:
     lock, sign = details.known.lock, last_sign(details.known)
     if not lock.holder:
         yield f"Its lock has no holder (epoch {lock.epoch})."
+        if lock.failed_epoch is not None:
+            yield f"The last Allocate (epoch {lock.failed_epoch}) failed because of the device or its server."
         return
     since = f" since {stamp(lock.acquired_at)} ({ago(details.now, lock.acquired_at)})" if lock.acquired_at else ""
     port = f"attached there to vhci port {lock.port}" if lock.port is not None else "being attached or detached"
@@ -259,6 +261,8 @@ def _next(details: DeviceDetails) -> Iterator[str]:
     elif details.offers == ():
         yield "Add a selector for it to the configuration; docs/reference/configuration.md shows how."
     elif details.offers:
+        if lock is not None and lock.failed_epoch is not None:
+            yield "Read the pod's event: it names the cause. Nodes with failures offer the device again by themselves."
         yield f"Request it in a pod with resources.limits: {{{details.offers[0].resource}: 1}}"
 
 

@@ -1,7 +1,7 @@
 """Decides why a device is available or not, and which devices share a configured serial number. Pure functions.
 
 If several reasons apply, a device shows the first in this order: its claim on this node, the configuration, other
-nodes' locks, API server, driver, server, ports.
+nodes' locks, API server, driver, server, ports, failed Allocates.
 
 If two devices have the same serial number, neither is offered by it. A device in use owns its serial number while it is
 lost, so that it can be re-attached.
@@ -116,6 +116,8 @@ def health(snapshot: Snapshot, offered: OfferedDevice, resource: str) -> Health:
     if (snapshot.driver.free_ss if speed >= SUPER_SPEED else snapshot.driver.free_hs) == 0:
         hub = "SuperSpeed (ss)" if speed >= SUPER_SPEED else "high-speed (hs)"
         return Health(Reason.NO_PORT, f"no free {hub} port of vhci_hcd")
+    if (cause := snapshot.paused.get(device_id)) is not None:
+        return Health(Reason.ALLOCATES_FAILED, cause)
     if status is LockStatus.EXPIRED and lock is not None:
         return Health(Reason.HOLDER_EXPIRED, f"{_held_by(lock)}, silent for longer than the lock duration")
     if device_id in snapshot.awaited:
@@ -158,6 +160,8 @@ def _claim_health(claim: Claim, snapshot: Snapshot) -> Health:
                 "released by a person; delete its pod to make it available" if lock is not None and lock.by_hand else ""
             )
             return Health(Reason.LOCK_LOST, _held_by(lock) if lock is not None and lock.holder else by_hand)
+        case _ if (cause := snapshot.paused.get(claim.id)) is not None:  # a failed Allocate is being undone
+            return Health(Reason.ALLOCATES_FAILED, cause)
         case _:
             return Health(Reason.IN_PROGRESS, claim.state.value)
 

@@ -12,8 +12,10 @@ from collections.abc import Callable, Collection, Coroutine, Mapping
 from usbip_plugin.claims import Claim, ClaimBook
 from usbip_plugin.config.schema import Config, ResourceConfig
 from usbip_plugin.context import NodeContext
+from usbip_plugin.errors import PluginError, is_device_failure
 from usbip_plugin.inventory.conditions import Conditions
 from usbip_plugin.inventory.evaluate import Evaluation, Lists, OverlapWarnings, advertise, evaluate_part, restrict
+from usbip_plugin.inventory.failures import FailureTracker
 from usbip_plugin.inventory.handover import HandoverTracker, ProbeLimiter, ReplacedDevices
 from usbip_plugin.inventory.members import held_as, update_offered
 from usbip_plugin.inventory.snapshot import OfferedDevice, OfferedDevices, PortSummary, Snapshot
@@ -21,7 +23,7 @@ from usbip_plugin.inventory.turns import Turns
 from usbip_plugin.kube.fleet import Fleet
 from usbip_plugin.locks.manager import LockManager
 from usbip_plugin.locks.watch import LockChange
-from usbip_plugin.model import Health
+from usbip_plugin.model import DeviceKey, Health
 from usbip_plugin.sync import start_task
 from usbip_plugin.usbip.poller import ServerPoller, ServerView
 from usbip_plugin.vhci.driver import VhciDriver
@@ -64,6 +66,7 @@ class Inventory:
         self._turns = Turns(context, fleet=fleet, spawn=self.spawn, on_turn=self.invalidate)
         self._probe_limiter = ProbeLimiter()
         self._replaced_devices = ReplacedDevices(self._probe_limiter)
+        self._failures = FailureTracker(context, on_pause_end=self.invalidate)
         self._overlap_warnings = OverlapWarnings()
         self._scheduled = False
         self._due: set[str] | None = None
@@ -150,7 +153,24 @@ class Inventory:
             awaited=self._turns.awaited(device_ids),
             probe_limited=self._probe_limiter.probe_limited(self._clock.monotonic()),
             replaced=self._replaced_devices.now(self._locks.locks),
+            paused=self._failures.paused(self._poller.views, self._is_in_hand),
         )
+
+    def allocate_ended(self, key: DeviceKey, error: PluginError | None, seconds: float) -> None:
+        """Learns from the outcome of an Allocate for one device, which took so many seconds."""
+        if error is None:
+            self._failures.succeeded(key.id)
+        elif is_device_failure(error):
+            self._failures.failed(key, self._me.node, str(error), seconds)
+        else:
+            return
+        self.invalidate(key.id)
+
+    def _is_in_hand(self, device_id: str) -> bool:
+        """Returns whether a node has the device, or its server may still reset it: its list entry proves nothing."""
+        lock = self._locks.locks.get(device_id)
+        held = lock is not None and lock.holder != ""
+        return held or device_id in self._claims.view or bool(self._handovers.released((device_id,)))
 
     def reconfigure(self, config: Config) -> None:
         """Applies a new configuration. Held devices stay offered, as they were configured, until they are released."""
@@ -193,6 +213,7 @@ class Inventory:
             async with asyncio.TaskGroup() as tasks:
                 self._tasks = tasks
                 tasks.create_task(self._conditions.run(), name="ports and API server")
+                tasks.create_task(self._failures.run(), name="failed Allocates")
                 self.invalidate()
         finally:
             self._tasks = None
@@ -208,6 +229,8 @@ class Inventory:
             self._probe_limiter.note(change.device_id, self._clock.monotonic())
         self._handovers.lock_changed(change)
         self._turns.lock_changed(change)
+        if self.offering(change.device_id):
+            self._failures.lock_changed(change)
         taken = change.holder != change.former and change.holder not in ("", self._me.node)
         if taken and self.offering(change.device_id):
             now = self._clock.monotonic()

@@ -74,6 +74,7 @@ class Snapshot:
     awaited: released devices that other nodes offer before this one, see turns.Turns.
     moved_here(device_id): the claim on another device that is attached from this device's bus ID.
     probe_limited: devices that handover.ProbeLimiter keeps from being probed again for now.
+    paused: devices that are not offered for a time because Allocates failed, with the cause, see inventory/failures.py.
     replaced: devices whose lock may have the identity of an earlier device, see handover.ReplacedDevices.
     """
 
@@ -90,6 +91,7 @@ class Snapshot:
     moved_here: Callable[[str], Claim | None] = lambda _device_id: None
     probe_limited: frozenset[str] = frozenset()
     replaced: frozenset[str] = frozenset()
+    paused: Mapping[str, str] = field(default_factory=dict)
 
     def identity_of(self, device_id: str, descriptor: Descriptor) -> Identity:
         """Returns the identity on the lock of the device that its server lists with this descriptor.

@@ -251,18 +251,29 @@ class LockManager:
         async with self._device_lock(key.id):
             return record.lock_of((await self._amend(key, changes, identity)).lease)
 
-    async def release(self, key: DeviceKey) -> None:
+    async def release(self, key: DeviceKey, *, failed: bool | None = None) -> None:
         """Clears the holder if it is this node. A lock of another boot is taken first, and so only as R3 allows.
 
         Does nothing if another node holds the lock. Raises the errors of acquire(). The caller must have freed the port
         (R5).
+
+        failed: whether the Allocate failed because of the device, which is recorded; None to leave the record.
         """
+
+        async def decide(lease: Lease | None, write: Write) -> Decision:
+            decision = await self._decide_release(lease, write)
+            if failed is None or isinstance(decision, Denied):
+                return decision
+            notes = {record.FAILED_EPOCH: str(record.epoch_of(decision.lease)) if failed else None}
+            merged = record.merged_annotations(decision.lease.annotations, notes)
+            return replace(decision, lease=replace(decision.lease, annotations=merged))
+
         with span(self._tracer, "lock.release", device_attributes(key)):
             lease = self._view.lease(key.id)
             if protocol.of_another_boot(lease, self._me) and not protocol.is_in_place_of_another(lease):
                 await self.acquire(key, claimed=True)
             async with self._device_lock(key.id):
-                await self._writer.drive(key, self._decide_release)
+                await self._writer.drive(key, decide)
 
     async def _amend(
         self, key: DeviceKey, changes: Mapping[str, str | None], identity: Identity | None = None

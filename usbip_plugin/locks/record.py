@@ -116,6 +116,8 @@ POD = DOMAIN + "pod"
 TRACEPARENT = DOMAIN + "traceparent"
 IN_PLACE_OF = DOMAIN + "in-place-of"
 """ID of the device that is attached from this bus ID instead of from its own."""
+FAILED_EPOCH = DOMAIN + "failed-epoch"
+"""Epoch of the last Allocate that failed because of the device or its server; removed after one that succeeded."""
 WRITE_ID = DOMAIN + "write-id"
 """Random mark of the last write, by which a plugin recognises its own write; or BY_HAND."""
 BY_HAND = "released-by-hand"
@@ -123,7 +125,7 @@ BY_HAND = "released-by-hand"
 OWN = frozenset(
     {
         *(LABEL, SERVER, BUSID, USB_ID, SERIAL, INTERFACES, READ_FROM),
-        *(BOOT_ID, PORT, POD, TRACEPARENT, IN_PLACE_OF, WRITE_ID),
+        *(BOOT_ID, PORT, POD, TRACEPARENT, IN_PLACE_OF, FAILED_EPOCH, WRITE_ID),
     }
 )
 """The keys of all labels and annotations that this project writes."""
@@ -142,6 +144,7 @@ _USB_ID = re.compile("[0-9a-f]{4}:[0-9a-f]{4}")
 _INTERFACES = re.compile(f"([0-9a-f]{{6}}(,[0-9a-f]{{6}}){{0,{MAX_INTERFACES - 1}}})?")
 _READ_FROM = re.compile("([0-9]{1,5}):([0-9]{1,5})")
 _PORT = re.compile("[0-9]{1,4}")
+_EPOCH = re.compile("[0-9]{1,10}", re.ASCII)
 _TRACEPARENT = re.compile("[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _DNS = re.compile("[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
 _UID = re.compile("[A-Za-z0-9-]{1,64}")
@@ -184,6 +187,7 @@ def lock_of(lease: Lease) -> Lock:
         by_hand=not lease.holder and notes.get(WRITE_ID) == BY_HAND,
         interfaces=interfaces_of(notes.get(INTERFACES)),
         read_from=read_from_of(notes.get(READ_FROM)),
+        failed_epoch=int(failed) if (failed := _match(_EPOCH, notes.get(FAILED_EPOCH))) is not None else None,
     )
 
 

@@ -159,6 +159,7 @@ class Agent:
             evict=out.evict or (self.evictor.evict if self.evictor is not None else lambda _pod, _cause: None),
             on_step=observer.on_step,
             on_reattach=observer.on_reattach,
+            on_outcome=self.inventory.allocate_ended,
         )
         # the kubelet
         write_counts = out.write_counts or (partial(patch_status, out.kube, out.me.node) if out.kube else None)

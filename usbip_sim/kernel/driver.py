@@ -83,6 +83,8 @@ class SimulatedVhci:
                 f"the kernel refused to attach {key} to port {port.number}: {error.strerror}"
             ) from error
         occupant.serial = self._kernel.serial_of(key)
+        if key in self._kernel.mute:
+            occupant.appears_at = float("inf")
         self._known[port.number] = occupant.number
         self._records[port.number] = key
         occupant.recorded_by = self._node

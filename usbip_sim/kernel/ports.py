@@ -81,6 +81,7 @@ class SimulatedKernel:
         self.serial_of = serial_of or self.serials.get
         self.child_kinds: dict[UsbId, tuple[str, ...]] = {}  # names in children.CHILDREN, by id
         self.net: dict[UsbId, tuple[str, ...]] = {}  # network interfaces of devices with this id
+        self.mute: set[DeviceKey] = set()  # devices that never enumerate
         self.driverless: set[str] = set()  # kinds of child nodes that never appear, for lack of a loaded driver
         self._controllers, self._per_hub, self._resolve = controllers, ports_per_hub, resolve
         self._occupants: dict[int, Occupant] = {}

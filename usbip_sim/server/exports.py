@@ -13,6 +13,8 @@ from usbip_plugin.usbip import wire
 from usbip_sim.server.usbdevice import VirtualDevice
 
 _DEVNUMS = 127
+SILENT = -1
+"""Status in ExportTable.refusals for an IMPORT that is not answered."""
 
 
 class Importer(Protocol):
@@ -44,6 +46,7 @@ class ExportTable:
     violations: a sentence for each import of a device that had an importer; empty while exclusive is True.
     granted, refused: number of imports with status 0, and of all others.
     renumbers: a device has another number after each import. usbip-host does not do this.
+    refusals: the status with which each IMPORT of a bus id is refused, SILENT for no answer. It is listed all the same.
     by_port: a device that is plugged in again has the same number. usbip-host does not do this.
     """
 
@@ -55,6 +58,7 @@ class ExportTable:
         self.lists_in_use = False
         self.renumbers = False
         self.by_port = False
+        self.refusals: dict[str, int] = {}
         self.violations: list[str] = []
         self.granted = 0
         self.refused = 0
@@ -65,7 +69,11 @@ class ExportTable:
         exports = self._exports.values()
         return tuple(_descriptor(export) for export in exports if self.lists_in_use or self._free(export))
 
-    def import_device(self, busid: str, importer: Importer) -> wire.ImportReply:
+    def import_device(self, busid: str, importer: Importer) -> wire.ImportReply | None:
+        """Exports a device to an importer, or refuses to. Returns the reply, None for no answer."""
+        if (status := self.refusals.get(busid)) is not None:
+            self.refused += 1
+            return None if status == SILENT else wire.ImportReply(status, None)
         export = self._exports.get(busid)
         if export is None or (self.exclusive and not self._free(export)):
             self.refused += 1

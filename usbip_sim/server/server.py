@@ -187,6 +187,8 @@ class ServerConnection(asyncio.Protocol):
             self._write(wire.encode_devlist_reply(table.devlist()))
             return
         reply = table.import_device(request.busid, self)
+        while reply is None:
+            yield 1  # until the client hangs up
         self._write(wire.encode_import_reply(reply))
         if reply.descriptor is not None:
             device, real = table.device(request.busid)

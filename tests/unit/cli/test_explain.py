@@ -136,3 +136,10 @@ def test_the_status_of_the_plugin_is_read_from_its_pods() -> None:
     assert plugin_status({"items": [{}, ready]}) is PluginStatus.READY
     assert plugin_status({"items": [{"status": {"conditions": "?"}}]}) is PluginStatus.NOT_READY
     assert plugin_status({"items": []}) is plugin_status({}) is PluginStatus.NONE
+
+
+def test_a_failed_allocate_is_shown_until_one_succeeds() -> None:
+    failed = explain(replace(FREE, known=known(notes=NOTES | {"usbip.dev/failed-epoch": "6"})))
+    assert "The last Allocate (epoch 6) failed because of the device or its server." in failed.because
+    assert any("the pod's event" in step for step in failed.next)
+    assert not any("last Allocate" in sentence for sentence in explain(FREE).because)
