@@ -19,10 +19,12 @@ from usbip_plugin.kube.node_status import NODES_STATUS
 from usbip_plugin.locks.protocol import LockMeta, Replace, Write, decide_acquire, released
 from usbip_plugin.locks.record import BY_HAND, lock_of
 from usbip_plugin.model import DeviceKey, NodeIdentity, PodRef
+from usbip_plugin.usbip import wire
 from usbip_plugin.vhci.sysfs import PortStatus
 from usbip_sim.kubelet.device_manager import ContainerSpec, EndpointError
 from usbip_sim.kubelet.specs import Resolved, UnresolvableDevice
 from usbip_sim.leases import FINE, RESOURCE, Fate, Lost, Operation
+from usbip_sim.server.exports import SILENT
 from usbip_sim.server.server import VirtualServer
 from usbip_sim.server.usbdevice import VirtualDevice
 from usbip_sim.virtual.cluster import Cluster
@@ -75,6 +77,11 @@ def changed(config: Config, pick: int) -> Config:
             resources.clear()
     return replace(config, resources=tuple(resources))
 
+
+REFUSALS = (wire.ST_NA, wire.ST_DEV_BUSY, wire.ST_DEV_ERR, wire.ST_NODEV, wire.ST_ERROR, 77, SILENT)
+"""Statuses of refused imports."""
+PODS = frozenset({"admit", "admit_several", "admit_mixed", "race", "end", "end_youngest", "restart_container"})
+"""Kinds of actions that disturb nothing."""
 
 OUTSIDER = "node-z"
 """Name of a node outside of the cluster."""
@@ -146,6 +153,8 @@ class Chaos:
         self.failing_disks: set[str] = set()
         """Nodes on which a spec that could not be removed may stay until the next start."""
         self.calm = False
+        self.disturbances = 0
+        """Number of faults that have begun or ended."""
         self._ends: dict[Key, tuple[float, Callable[[], object]]] = {}
         self._ending: set[Process] = set()
         self._count = 0
@@ -190,6 +199,7 @@ class Chaos:
             self.note(str(action))
         if getattr(self, f"do_{action.kind}")(action, node):
             self.fired[action.kind] += 1
+            self.disturbances += action.kind not in PODS
             if action.steps:
                 self.fired[at_step(action.kind)] += 1
 
@@ -224,6 +234,7 @@ class Chaos:
     def _end(self, key: Key) -> None:
         self.note(f"end of {' '.join(map(str, key))}")
         self._ends.pop(key)[1]()
+        self.disturbances += 1
 
     def _server(self, action: Action) -> VirtualServer:
         return self.servers[action.pick % len(self.servers)]
@@ -692,6 +703,28 @@ class Chaos:
         device = DeviceKey(self.servers[-1].key, "1-1")
         twin = stick(device.busid, "TWIN")
         return self.during(action, ("swapped", device), lambda: self._put(device, twin), lambda: self._restore(device))
+
+    def do_refused_import(self, action: Action, _node: ClusterNode) -> bool:
+        """Has a server list a device, and refuse its imports with some status or not answer them."""
+        device = self._device(action)
+        refusals = self.cluster.servers[device.server].table.refusals
+        status = REFUSALS[action.pick // 100 % len(REFUSALS)]
+        return self.during(
+            action,
+            ("refused", device),
+            lambda: refusals.update({device.busid: status}),
+            lambda: refusals.pop(device.busid),
+        )
+
+    def do_mute_device(self, action: Action, _node: ClusterNode) -> bool:
+        """Keeps a device from enumerating on any node."""
+        device = self._device(action)
+
+        def switch(mute: bool) -> None:
+            for node in self.cluster.nodes.values():
+                (node.kernel.mute.add if mute else node.kernel.mute.discard)(device)
+
+        return self.switched(action, ("mute", device), switch)
 
     def _first(self, device: DeviceKey) -> VirtualDevice:
         return next(d for d in self.original[device.server] if d.busid == device.busid)

@@ -8,6 +8,7 @@ They are checked every 0.25 s of virtual time, or less often if nothing happens 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -23,7 +24,7 @@ from usbip_plugin.inventory.turns import OFFERED_BY_ALL_S
 from usbip_plugin.kubelet.allocate import PRE_START_WAIT
 from usbip_plugin.locks import record
 from usbip_plugin.locks.record import Lease
-from usbip_plugin.model import DeviceKey, PodRef, Reason
+from usbip_plugin.model import DeviceKey, Lock, PodRef, Reason
 from usbip_sim.kubelet.specs import UnresolvableDevice, resolve
 from usbip_sim.leases import WATCH_IDLE_S
 from usbip_sim.virtual.cluster import Cluster
@@ -48,6 +49,8 @@ DEAD_PORT_S = DEAD_PEER_S + 5.0
 """Limit of a port whose connection is dead at the server."""
 TURN_S = OFFERED_BY_ALL_S + 1.0
 """Limit of a device that a node leaves to others since its release."""
+MAX_FAILURES = 7
+"""Limit of failed Allocates of one node for one device while no fault begins or ends and nobody gets the device."""
 ROBBED_S = 20.0
 """Limit of an attachment or an import of a node whose lock was taken away."""
 
@@ -78,6 +81,8 @@ class Watch:
         self._keys = {key.id: key for key in self._all_keys()}
         self._failed: Violation | None = None
         self._released_by_hand_of: set[tuple[str, PodRef]] = set()
+        self._failures: Counter[tuple[str, str]] = Counter()
+        self._disturbances = 0
         self._lasting = Lasting()
         self._for_long = self._lasting.for_long
         self._statuses = NodeStatuses(self._lasting)
@@ -142,6 +147,8 @@ class Watch:
         new = (after.holder, after.annotations.get(record.BOOT_ID)) if after is not None else ("", None)
         if old != new:
             self.note(f"lock of {self._keys.get(lease.name, lease.name)}: {old[0] or 'nobody'} -> {new[0] or 'nobody'}")
+        if old[0] and not new[0] and after is not None:
+            self._count_failure(old[0], record.lock_of(after))
         if before is not None and record.lock_of(before).by_hand and new[0] in self.cluster.nodes:
             agent = self.cluster.nodes[new[0]].agent
             claim = agent.claims.view.get(lease.name) if agent is not None else None
@@ -164,6 +171,20 @@ class Watch:
             self.note(f"{key} is taken over from {holder}, which has it")
             self.chaos.fired["a takeover from a living holder"] += 1
             self.chaos.lost_locks[key, holder] = loop_of().time()
+
+    def _count_failure(self, node: str, released: Lock) -> None:
+        """Checks, at each release, that the failed Allocates of a node for a device are few."""
+        if self._disturbances != self.chaos.disturbances:
+            self._disturbances = self.chaos.disturbances
+            self._failures.clear()
+        if released.failed_epoch is None:
+            for other in self.cluster.nodes:
+                self._failures.pop((other, released.device_id), None)
+        elif released.failed_epoch == released.epoch:
+            self._failures[node, released.device_id] += 1
+            if (failures := self._failures[node, released.device_id]) > MAX_FAILURES:
+                what = self._keys.get(released.device_id)
+                self._fail("a device that fails Allocates is paused", f"{node}: {what} failed {failures} times")
 
     def _answered(self, node: ClusterNode, call: Call, error: BaseException | None) -> None:
         if (failure := self._statuses.answered(node, call, error)) is not None:
@@ -238,7 +259,7 @@ class Watch:
             and link.passable
             and not link.slow
             and server.table.plugged(key.busid)
-            and not any(self.chaos.active(what, key) for what in ("moved", "unbound", "swapped"))
+            and not any(self.chaos.active(what, key) for what in ("moved", "unbound", "swapped", "refused", "mute"))
             and not any(self.chaos.active(what, node.name) for what in ("specs fail", "records fail"))
             and not self.chaos.active("ports full", node.name)
             and (server.importers(key.busid) == 0 or key in node.attached())

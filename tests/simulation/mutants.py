@@ -26,6 +26,7 @@ from usbip_plugin.attach.release import Releaser
 from usbip_plugin.claims import Claim, ClaimState
 from usbip_plugin.errors import KubeUnreachable
 from usbip_plugin.inventory import health, turns
+from usbip_plugin.inventory.failures import FailureTracker
 from usbip_plugin.kube.node_status import NodeStatusPublisher
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer
 from usbip_plugin.kubelet.publish import KubeletPublisher
@@ -47,6 +48,7 @@ RELEASED = "a pod's device is not released"
 ANOTHER = "a promised device is that one"
 NOT_ATTACHED = "attached is true"
 NOT_WORKING = "agents work"
+PAUSED = "a device that fails Allocates is paused"
 OFFERED = "nothing is offered without the API server"
 
 # Replacements are named after what they do wrong. These are the replaced functions that some of them call.
@@ -173,6 +175,10 @@ async def any_serial_number_will_do(
     return await enumerate_and_compare(self, device_id, descriptor, port, timeout)
 
 
+def no_pauses(*_arguments: object) -> dict[str, str]:
+    return {}
+
+
 async def answered_at_once(*_arguments: object) -> None:
     """Replaces a wait by nothing."""
 
@@ -267,6 +273,9 @@ SWAPPED = shape(
 )
 """The device is replaced by another stick before any server is polled."""
 TAKEN_OUT = shape(*(act(at, "reload", lasts=5) for at in (0, 12, 25)), wait(30))
+REFUSED = shape(act(0, "refused_import", lasts=60), *(act(1 + 2 * n, "race") for n in range(12)), wait(60))
+"""The server lists a device and refuses each import, for a minute in which pods come one after the other."""
+MUTE = shape(act(0, "mute_device", lasts=200), *(act(1 + 12 * n, "race") for n in range(16)), wait(200))
 UNANSWERED = shape(act(0, "api_silent", lasts=30), act(0.1, "admit"))
 
 MUTANTS = (
@@ -374,6 +383,13 @@ OTHERS = (
         TURN,
         (END,),
         patched(turns, "delay", lambda _place: math.inf),
+    ),
+    Mutant(
+        "health",
+        "never learns from Allocates",
+        PAUSED,
+        (REFUSED, MUTE),
+        patched(FailureTracker, "paused", no_pauses),
     ),
     Mutant("Node status", "nothing is written", SAID, (END,), patched(NodeStatusPublisher, "publish", ignore)),
     Mutant(

@@ -131,6 +131,11 @@ EVERYWHERE = {
 }
 """Kinds for all plans: one more action in so many. Half of those of AT_STEP come together with an Allocate."""
 
+FAILING = {"refused_import": 30, "mute_device": 45}
+"""Kinds for all plans: one more action in so many, each followed by Allocates on all nodes."""
+FAILING_RACES = (1.0, 4.0, 9.0, 20.0)
+"""Seconds from such an action to each of these Allocates."""
+
 STOPPED_IMPORTS = 30
 """One more Allocate in so many actions, whose agent is frozen between its lock write and its import."""
 IMPORTING = (10, 45)
@@ -255,6 +260,12 @@ def draw(seed: int, length: int = ACTIONS) -> Plan:
         lasts = round(settings.locks.import_window * stops.uniform(0.8, 4) / min(settings.rates), 3)
         stop = Action(at, "freeze_agent", node, 0, lasts, stops.randint(*IMPORTING))
         actions[place:place] = _action(stops, at, "admit", node), stop
+    failing = random.Random(f"failing {seed}")
+    for kind, share in FAILING.items():
+        for _ in range(length // share):
+            at = actions[failing.randrange(len(actions))].at
+            actions.append(_action(failing, at, kind, failing.randrange(60)))
+            actions += [_action(failing, at + later, "race", 0) for later in FAILING_RACES]
     return Plan(seed, settings, tuple(sorted(actions, key=lambda action: action.at)))
 
 

@@ -26,6 +26,7 @@ from tests.simulation.lasting import Violation
 from tests.simulation.plan import CONDITIONS, PROMISED, Plan, Settings
 from usbip_plugin.attach.usage import ALLOCATION_GRACE
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
+from usbip_plugin.inventory.failures import MAX_PAUSE
 from usbip_plugin.locks import record
 from usbip_plugin.locks.protocol import Rules, Write, released
 from usbip_plugin.model import DeviceKey, NodeIdentity, PodRef, Reason
@@ -44,7 +45,7 @@ FAULTS_END_S = 5.0
 """Seconds after the last action until every fault is ended."""
 RECOVER_S = 150.0
 """Virtual seconds after the last fault in which every running pod gets its device or a reason back."""
-CONVERGE_S = 240.0
+CONVERGE_S = MAX_PAUSE + 60.0
 """Virtual seconds after the last pod in which every device becomes free and Healthy, and nothing is left."""
 SPARE_S = 60.0
 """Seconds in which a new pod can get a free device."""
