@@ -73,6 +73,18 @@ async def test_every_node_sees_the_acquire_and_the_release_of_a_lock(w: World) -
     assert (grant.epoch, grant.lock.serial) == (2, "S1")
 
 
+@on_world
+async def test_a_release_records_whether_the_allocate_failed(w: World) -> None:
+    a, b = await w.node("a"), await w.node("b")
+    for failed, recorded in ((None, None), (True, 2), (None, 2), (False, None)):
+        await a.manager.acquire(KEY)
+        await a.manager.release(KEY, failed=failed)
+        assert a.manager.locks[KEY.id].failed_epoch == recorded
+    await a.manager.acquire(KEY)
+    await b.manager.release(KEY, failed=True)
+    assert b.manager.locks[KEY.id].failed_epoch is None, "the lock is another node's"
+
+
 @on_held_world
 async def test_each_change_is_reported_once_and_in_order(w: World) -> None:
     a, b = w.nodes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.rigs.vocabulary import KEY
-from usbip_plugin.locks.record import BUSID, SERVER, USB_ID, Lease, lock_of
+from usbip_plugin.locks.record import BUSID, FAILED_EPOCH, SERVER, USB_ID, Lease, lock_of
 from usbip_plugin.model import DeviceKey, ServerKey
 
 
@@ -36,3 +36,10 @@ def test_an_ipv6_server_is_read_back_as_configured() -> None:
 def test_an_invalid_usb_id_is_none(text: str) -> None:
     assert lock_of(lease(usb_id=text)).usb_id is None
     assert str(lock_of(lease()).usb_id) == "0951:1666"
+
+
+@pytest.mark.parametrize(
+    ("text", "epoch"), [("7", 7), ("", None), ("-1", None), ("7 ", None), ("\u0667", None), ("9" * 11, None)]
+)
+def test_only_a_short_number_is_the_epoch_of_a_failure(text: str, epoch: int | None) -> None:
+    assert lock_of(Lease(name=KEY.id, annotations={FAILED_EPOCH: text})).failed_epoch == epoch
