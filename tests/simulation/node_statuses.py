@@ -77,7 +77,8 @@ class NodeStatuses:
                 self._agreed[process, resource] = node.pods.hang_ups
             bad = on_node != by_kubelet and _can_write(node) and _listens(node, resource)
             seconds = STATUS_S / rate + self._turn(node, process, resource, now, lower=on_node > by_kubelet)
-            if self._lasting.for_long(bad, now, seconds, "status", node.name, resource):
+            # another count begins its own time: in between, for less than LOOK_S, the Node may have had the right one
+            if self._lasting.for_long(bad, now, seconds, "status", node.name, resource, by_kubelet):
                 raise Violation(SAID, f"{node.name}: {resource} {on_node}, not {by_kubelet}")
 
     def _turn(self, node: ClusterNode, process: Process, resource: str, now: float, *, lower: bool) -> float:
