@@ -158,13 +158,11 @@ class Inventory:
 
     def allocate_ended(self, key: DeviceKey, error: PluginError | None, seconds: float) -> None:
         """Learns from the outcome of an Allocate for one device, which took so many seconds."""
-        if error is None:
+        if error is None:  # the claim is attached, which is evaluated in any case
             self._failures.succeeded(key.id)
         elif is_device_failure(error):
             self._failures.failed(key, self._me.node, str(error), seconds)
-        else:
-            return
-        self.invalidate(key.id)
+            self.invalidate(key.id)
 
     def _is_in_hand(self, device_id: str) -> bool:
         """Returns whether a node has the device, or its server may still reset it: its list entry proves nothing."""
