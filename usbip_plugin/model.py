@@ -13,6 +13,8 @@ from datetime import datetime
 DEVICE_ID_PREFIX = "usbip-"
 SESSION_PREFIX = "usbip-node-"
 DEFAULT_USBIP_PORT = 3240
+HUB_CLASS = 0x09
+"""The class of a USB hub. USB/IP cannot carry one: vhci_hcd would take the hub's ports for its own."""
 _ID_CHARACTERS = 20
 """Characters of the digest in a device ID: 100 bits in base32."""
 
@@ -78,7 +80,7 @@ class InterfaceClass:
 class Descriptor:
     """The description of one device in a DEVLIST entry or an IMPORT reply of a USB/IP server.
 
-    speed: the kernel's enum usb_device_speed (1 low, 2 full, 3 high, 4 wireless, 5 super, 6 super-plus).
+    speed: the kernel's enum usb_device_speed (1 low, 2 full, 3 high, 5 super, 6 super-plus).
     interfaces: empty in an IMPORT reply, which does not carry them.
     """
 
@@ -101,6 +103,10 @@ class Descriptor:
     def devid(self) -> int:
         """Returns the number by which vhci_hcd attaches the device: busnum << 16 | devnum."""
         return self.busnum << 16 | self.devnum
+
+    @property
+    def is_hub(self) -> bool:
+        return self.device_class == HUB_CLASS
 
 
 @dataclass(frozen=True, slots=True)

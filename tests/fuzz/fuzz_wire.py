@@ -25,7 +25,7 @@ MAX_TRANSFERS = 5
 
 def check_descriptor(device: Descriptor) -> None:
     assert model.valid_busid(device.busid)
-    assert device.speed in wire.SPEEDS
+    assert device.speed in wire.SPEEDS.values()
     assert 0 <= device.devid < 1 << 32
     assert len(device.interfaces) <= wire.MAX_INTERFACES
     fit_to_show(device.path, 255)
@@ -42,11 +42,12 @@ def devlist_reply(data: bytes) -> None:
     if decoded is None:
         return
     reply = decoded[0]
-    assert len(reply.devices) + len(reply.skipped) <= wire.MAX_DEVICES
+    assert len(reply.devices) <= wire.MAX_DEVICES
+    assert len(reply.problems) <= wire.MAX_DEVICES + 1
     assert len({device.busid for device in reply.devices}) == len(reply.devices)
     for device in reply.devices:
         check_descriptor(device)
-    for reason in reply.skipped:
+    for reason in reply.problems:
         fit_to_show(reason, 200)
     kept = tuple(filter(encodable, reply.devices))
     again = decode(wire.devlist_reply(), wire.encode_devlist_reply(kept))

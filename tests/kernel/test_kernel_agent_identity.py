@@ -97,7 +97,8 @@ async def test_a_disk_that_was_not_used_since_it_was_bound_is_selected_by_its_cl
     disk = DeviceKey(usbipd.key, usbipd.busid(DISK))
     usbipd.unbind(disk.busid)
     usbipd.bind(disk.busid)
-    (listed,) = (d for d in await rig.client.devlist(usbipd.key, timeout=5) if d.busid == disk.busid)
+    found = await rig.client.devlist(usbipd.key, timeout=5)
+    (listed,) = (device for device in found.devices if device.busid == disk.busid)
     selector = Selector(bus_id=disk.busid, class_=STORAGE)
     async with agent_with(Config((ResourceConfig("disk", (DeviceSelector(usbipd.key, selector),)),)), disk) as world:
         node = on(world)

@@ -29,6 +29,7 @@ from usbip_plugin.usbip.wire import (
     encode_import_request,
     import_reply,
     request,
+    why_unlisted,
 )
 
 STORAGE, SERIAL, KEYBOARD = UsbId(0x46F4, 0x0001), UsbId(0x0403, 0x6001), UsbId(0x0627, 0x0001)
@@ -42,7 +43,7 @@ def test_requests_are_those_that_were_sent() -> None:
 def test_a_list_of_devices_never_used_has_no_interfaces() -> None:
     reply, rest = decode(devlist_reply(), golden("devlist_three"))
     assert rest == b""
-    assert reply.skipped == ()
+    assert reply.problems == ()
     assert [(d.busid, d.usb_id, d.speed) for d in reply.devices] == [
         ("2-1", STORAGE, 5),
         ("1-3", SERIAL, 2),
@@ -138,7 +139,7 @@ def descriptors(draw: st.DrawFn) -> Descriptor:
         path=draw(PATHS),
         busnum=draw(U16),
         devnum=draw(U16),
-        speed=draw(st.integers(1, 6)),
+        speed=draw(st.sampled_from(sorted(set(wire.SPEEDS.values())))),
         usb_id=UsbId(draw(U16), draw(U16)),
         bcd_device=draw(U16),
         device_class=draw(U8),
@@ -190,17 +191,47 @@ def test_every_cut_of_a_real_reply_ends_early(name: str, data: st.DataObject) ->
         decode(devlist_reply() if name.startswith("devlist") else import_reply("1-2"), raw[:cut])
 
 
-def test_a_list_is_bounded_before_its_devices_are_read() -> None:
-    for count in (MAX_DEVICES + 1, 0xFFFFFFFF):
-        with pytest.raises(ProtocolViolation, match="more than 256"):
-            decode(devlist_reply(), struct.pack(">HHII", 0x0111, 5, 0, count))
+@pytest.mark.parametrize("count", [MAX_DEVICES + 1, 0xFFFFFFFF])
+def test_a_list_of_more_devices_than_are_read_is_cut(count: int) -> None:
+    device, *_ = decode(devlist_reply(), golden("devlist_three"))[0].devices
+    raw = encode_devlist_reply(replace(device, busid=f"1-{number}") for number in range(MAX_DEVICES))
+    reply, rest = decode(devlist_reply(), struct.pack(">HHII", 0x0111, 5, 0, count) + raw[12:])
+    assert rest == b""
+    assert len(reply.devices) == MAX_DEVICES
+    assert reply.problems == (f"the list: only the first 256 of {count} devices are read",)
+    assert why_unlisted(reply.problems, "2-1") == reply.problems[0]
 
 
-def test_interfaces_are_bounded_before_they_are_read() -> None:
+@pytest.mark.parametrize("number", [MAX_INTERFACES + 1, 40, 0xFF])
+def test_a_device_with_more_interfaces_than_are_kept_hides_nothing(number: int) -> None:
+    stick, camera, _ = decode(devlist_reply(), golden("devlist_three"))[0].devices
+    settings = (InterfaceClass(0x0E, 1, 0), *(InterfaceClass(0x0E, 2, n) for n in range(number - 1)))
+    raw = encode_devlist_reply([replace(camera, interfaces=settings), stick])
+    reply, rest = decode(devlist_reply(), raw)
+    assert rest == b""
+    assert reply.devices == (replace(camera, num_interfaces=number, interfaces=settings[:MAX_INTERFACES]), stick)
+    assert reply.problems == (f"1-3: only the first 32 of {number} interface classes are used",)
+
+
+def test_interfaces_that_are_listed_for_each_alternate_setting_lose_no_class() -> None:
+    camera, *_ = decode(devlist_reply(), golden("devlist_three"))[0].devices
+    classes = (InterfaceClass(0x0E, 1, 0), InterfaceClass(0x0E, 2, 0), InterfaceClass(1, 1, 0))
+    listed = (*classes[:1], *(classes[1:2] * 40), *classes[2:])
+    reply, _ = decode(devlist_reply(), encode_devlist_reply([replace(camera, interfaces=listed)]))
+    assert (reply.devices[0].interfaces, reply.problems) == (classes, ())
+
+
+@pytest.mark.parametrize(("sent", "expected"), [(1, 1), (2, 2), (3, 3), (4, 5), (5, 5), (6, 6)])
+def test_the_speeds_of_libusb_are_those_of_the_kernel(sent: int, expected: int) -> None:
+    """LIBUSB_SPEED_SUPER is 4, which no device of the kernel ever has."""
     raw = bytearray(golden("devlist_three"))
-    raw[12 + 311] = MAX_INTERFACES + 1
-    with pytest.raises(ProtocolViolation, match="more than 32"):
-        decode(devlist_reply(), bytes(raw))
+    raw[12 + 296 : 12 + 300] = struct.pack(">I", sent)
+    assert decode(devlist_reply(), bytes(raw))[0].devices[0].speed == expected
+    raw = bytearray(golden("import_ok_kbd"))
+    raw[8 + 296 : 8 + 300] = struct.pack(">I", sent)
+    descriptor = decode(import_reply("1-2"), bytes(raw))[0].descriptor
+    assert descriptor is not None
+    assert descriptor.speed == expected
 
 
 @pytest.mark.parametrize(
@@ -229,8 +260,8 @@ def test_an_entry_that_cannot_be_used_hides_no_other_and_is_never_imported(
     reply, rest = decode(devlist_reply(), bytes(raw))
     assert rest == b""
     assert [device.busid for device in reply.devices] == ["1-3", "1-2"]
-    assert len(reply.skipped) == 1
-    assert reason in reply.skipped[0]
+    assert len(reply.problems) == 1
+    assert reason in reply.problems[0]
     raw = bytearray(golden("import_ok_kbd"))
     raw[8 + offset : 8 + offset + len(value)] = value
     with pytest.raises(ProtocolViolation, match=reason):
@@ -242,7 +273,16 @@ def test_of_two_entries_with_one_busid_the_first_is_kept() -> None:
     second = replace(first, usb_id=UsbId(1, 2))
     reply, _ = decode(devlist_reply(), encode_devlist_reply([first, second]))
     assert reply.devices == (first,)
-    assert "twice" in reply.skipped[0]
+    assert reply.problems == ("2-1: listed more than once, only the first entry is used",)
+    assert why_unlisted(reply.problems, "2-10") == ""
+
+
+def test_a_path_that_is_not_utf_8_is_shown_with_replacements() -> None:
+    raw = bytearray(golden("devlist_three"))
+    raw[12 : 12 + 6] = b"/dev/\xff"
+    reply, _ = decode(devlist_reply(), bytes(raw))
+    assert (len(reply.devices), reply.problems) == (3, ())
+    assert reply.devices[0].path.startswith("/dev/\ufffd")
 
 
 def test_a_reply_about_another_device_is_refused() -> None:

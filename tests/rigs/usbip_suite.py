@@ -47,7 +47,8 @@ class Lab:
         return DeviceKey(self.server.key, STICK.busid)
 
     async def listed(self, client: UsbipClient | None = None) -> list[str]:
-        return [device.busid for device in await (client or self.client).devlist(self.server.key, timeout=PATIENCE)]
+        found = await (client or self.client).devlist(self.server.key, timeout=PATIENCE)
+        return [device.busid for device in found.devices]
 
     async def import_stick(self, timeout: float = PATIENCE) -> Imported:
         return await self.client.import_device(self.stick, timeout=timeout)
@@ -80,7 +81,7 @@ class UsbipClientContract:
         return Lab(server, clock, connect, client)
 
     async def test_a_list_has_every_free_device_with_its_ids_and_interfaces(self, lab: Lab) -> None:
-        stick, twin = await lab.client.devlist(lab.server.key, timeout=PATIENCE)
+        stick, twin = (await lab.client.devlist(lab.server.key, timeout=PATIENCE)).devices
         assert (stick.busid, stick.usb_id, stick.speed) == ("1-1", STICK.usb_id, 3)
         assert (stick.configuration, stick.interfaces) == (0, ())
         assert (twin.busid, twin.configuration, twin.interfaces) == ("1-2.3", 1, (TWIN.interface,))
@@ -196,7 +197,7 @@ class UsbipClientContract:
             async with asyncio.timeout(SHORT):
                 await asyncio.shield(asking)
         lab.server.thaw()
-        assert len(await asking) == 2
+        assert len((await asking).devices) == 2
 
     async def test_a_cancelled_import_holds_nothing(self, lab: Lab) -> None:
         lab.server.freeze()

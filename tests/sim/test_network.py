@@ -313,7 +313,7 @@ async def test_a_slow_link_delivers_late_and_in_order() -> None:
     assert lab.importers == 1
     await lab.sleep(LATENCY * 2)
     assert lab.importers == 0
-    assert await listing == ()
+    assert (await listing).devices == ()
 
 
 @pytest.mark.parametrize("step", range(1, 9))

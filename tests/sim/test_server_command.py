@@ -109,7 +109,8 @@ async def test_a_file_is_followed_and_a_bad_one_changes_nothing(tmp_path: Path) 
         looked.clear()
         await looked.wait()
         await looked.wait()
-        return [d.busid for d in await client.devlist(ServerKey("127.0.0.1", server_port[0]), timeout=5)]
+        found = await client.devlist(ServerKey("127.0.0.1", server_port[0]), timeout=5)
+        return [device.busid for device in found.devices]
 
     class Known(VirtualServer):
         async def start(self) -> None:

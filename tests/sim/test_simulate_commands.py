@@ -112,7 +112,7 @@ async def devices_of(record: logging.LogRecord) -> list[str]:
     host, port = vars(record)["address"].rsplit(":", 1)
     with contextlib.closing(TcpUsbipClient(SystemClock())) as client:
         listed = await client.devlist(ServerKey(host.strip("[]"), int(port)), timeout=LIMIT_S)
-    return [f"{one.busid}={one.usb_id}" for one in listed]
+    return [f"{one.busid}={one.usb_id}" for one in listed.devices]
 
 
 @pytest.mark.parametrize("host", LOOPBACKS)

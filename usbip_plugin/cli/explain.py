@@ -18,6 +18,8 @@ class Listing(enum.Enum):
 
     LISTED = "listed"
     """The server lists the device as available."""
+    HUB = "hub"
+    """The server lists a hub under this bus ID. USB/IP cannot carry hubs, so none is ever offered."""
     UNLISTED = "not listed"
     """The server does not list the device. usbipd leaves devices in use out of its list."""
     UNREACHABLE = "unreachable"
@@ -31,7 +33,7 @@ class ServerAnswer:
     """The answer of a USB/IP server about one device.
 
     usb_id: the USB ID of the device that is listed under the bus ID, None if none is.
-    error: why the server did not answer, "" if it did.
+    error: why the server did not answer, or why its list lacks the device; "" if it is not known.
     """
 
     listing: Listing
@@ -155,6 +157,8 @@ def _verdict(details: DeviceDetails) -> tuple[bool, str]:
         return False, f"{device} appears to be unavailable: its server does not answer this machine."
     if listing is Listing.UNLISTED:
         return False, f"{device} is unavailable: its server does not export it."
+    if listing is Listing.HUB:
+        return False, f"{device} cannot be requested: it is a USB hub, and USB/IP cannot carry hubs."
     if details.offers == ():
         return False, f"{device} cannot be requested: no resource in the configuration selects it."
     if details.twins:
@@ -202,11 +206,15 @@ def _server(details: DeviceDetails) -> Iterator[str]:
     match answer.listing:
         case Listing.UNREACHABLE:
             yield f"From this machine: {answer.error}."
+        case Listing.UNLISTED if answer.error:
+            yield f"Server {key.server} answers, but not all of its list can be used: {answer.error}."
         case Listing.UNLISTED if details.holder:
             yield f"Server {key.server} does not list it, as expected for a device in use."
         case Listing.UNLISTED:
             cause = "it is unplugged, not bound, or in use outside this cluster"
             yield f"Server {key.server} answers but does not list {key.busid}: {cause}."
+        case Listing.HUB:
+            yield f"Server {key.server} lists a hub (class 09) under this bus ID."
         case _ if details.listed_in_use:
             yield f"Server {key.server} lists it, but also lists devices in use: {', '.join(details.listed_in_use)}."
         case _:
@@ -254,6 +262,8 @@ def _next(details: DeviceDetails) -> Iterator[str]:
         yield f"If the node is gone and the server has not noticed, run on the server: {unbind}"
     elif listing is Listing.UNLISTED and key is not None:
         yield f"Run on the server: usbip list -l shows what is plugged in; usbip bind -b {key.busid} exports it."
+    elif listing is Listing.HUB:
+        yield "Request the devices behind the hub: they have bus IDs of their own."
     elif details.holder and details.listed_in_use:
         yield f"If node {details.holder} is gone for good, run: usbip-plugin release {details.device} --force"
     elif details.twins:

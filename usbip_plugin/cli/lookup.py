@@ -35,7 +35,7 @@ from usbip_plugin.model import (
     ServerKey,
     valid_busid,
 )
-from usbip_plugin.usbip.client import UsbipClient
+from usbip_plugin.usbip.client import DeviceList, UsbipClient, why_unlisted
 
 MAX_SHOWN = 20
 """Devices that the error about an ambiguous name lists."""
@@ -110,7 +110,7 @@ class DeviceLookup:
     config: Config | None
     source: str
     known: tuple[LockedDevice, ...] = ()
-    answers: dict[ServerKey, tuple[Descriptor, ...] | str] = field(default_factory=dict)
+    answers: dict[ServerKey, DeviceList | str] = field(default_factory=dict)
 
     async def about(self, name: str) -> DeviceDetails:
         """Returns everything about the device of that name. SERVER/BUSID may also name a device that is not known.
@@ -165,8 +165,8 @@ class DeviceLookup:
     def _keys(self) -> dict[str, DeviceKey]:
         """Returns devices by ID: all that have or had a lock, and all that a server lists and a resource selects."""
         keys = {key.id: key for known in self.known if (key := known.lock.key) is not None}
-        for server, listed in self.answers.items():
-            for descriptor in listed if not isinstance(listed, str) else ():
+        for server, answer in self.answers.items():
+            for descriptor in answer.devices if not isinstance(answer, str) else ():
                 key = DeviceKey(server, descriptor.busid)
                 if self._offers(key, None):
                     keys.setdefault(key.id, key)
@@ -233,8 +233,8 @@ class DeviceLookup:
         return tuple(sorted(key.busid for key in found if self._listed(key) is not None))
 
     def _listed(self, key: DeviceKey) -> Descriptor | None:
-        listed = self.answers.get(key.server, "")
-        return None if isinstance(listed, str) else next((d for d in listed if d.busid == key.busid), None)
+        answer = self.answers.get(key.server, "")
+        return None if isinstance(answer, str) else next((d for d in answer.devices if d.busid == key.busid), None)
 
     def _answer(self, key: DeviceKey | None) -> ServerAnswer:
         if key is None or key.server not in self.answers:
@@ -244,8 +244,8 @@ class DeviceLookup:
             return ServerAnswer(Listing.UNREACHABLE, error=answer)
         listed = self._listed(key)
         if listed is None:
-            return ServerAnswer(Listing.UNLISTED)
-        return ServerAnswer(Listing.LISTED, usb_id=str(listed.usb_id))
+            return ServerAnswer(Listing.UNLISTED, error=why_unlisted(answer.problems, key.busid))
+        return ServerAnswer(Listing.HUB if listed.is_hub else Listing.LISTED, usb_id=str(listed.usb_id))
 
     async def _pod(self, pod: PodRef) -> PodStatus:
         path = f"/api/v1/namespaces/{pod.namespace}/pods/{pod.name}"

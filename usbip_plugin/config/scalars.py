@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from usbip_plugin.config.document import Node, Problems, shown
 from usbip_plugin.config.schema import path_problem
-from usbip_plugin.model import UsbId
+from usbip_plugin.model import HUB_CLASS, UsbId
 
 MAX_BUS_ID_GLOB = 64  # characters of a bus ID or a glob over bus IDs; a bus ID in a USB/IP message has at most 31
 MAX_SERIAL_CHARACTERS = 126  # characters of a serial number; a USB string descriptor cannot hold more
@@ -100,7 +100,10 @@ def class_code(node: Node, problems: Problems) -> int | None:
         names = ", ".join(CLASS_NAMES)
         problems.error(node, f"{node.describe()} is not a valid USB class; expected 2 hex digits or one of {names}")
         return None
-    return usb_number(node, problems, digits=2)
+    code = usb_number(node, problems, digits=2)
+    if code == HUB_CLASS:
+        problems.error(node, "class 09 is a USB hub, and USB/IP cannot carry hubs; select the devices behind the hub")
+    return code
 
 
 def seconds(node: Node, problems: Problems, *, least: float, most: float) -> float | None:

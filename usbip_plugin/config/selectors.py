@@ -37,7 +37,7 @@ class Match(enum.Enum):
 
 
 def matches(selector: Selector, descriptor: Descriptor, identity: Identity = UNKNOWN_IDENTITY) -> Match:
-    """Returns whether the selector matches this device.
+    """Returns whether the selector matches this device. No selector matches a hub.
 
     A class matches the class of the device or of any of its interfaces. A DEVLIST entry has no interfaces for a device
     that has not been configured yet, and an IMPORT reply never has any.
@@ -47,7 +47,7 @@ def matches(selector: Selector, descriptor: Descriptor, identity: Identity = UNK
     # compare the serial number first: hundreds of devices may be compared with hundreds of selectors by serial number
     if serial is not None and identity.serial != serial and identity.serial is not None:
         return Match.NO
-    if not _has(selector, descriptor.usb_id):
+    if descriptor.is_hub or not _has(selector, descriptor.usb_id):
         return Match.NO
     if selector.bus_id is not None and not any(
         fnmatch.fnmatchcase(descriptor.busid, pattern) for pattern in several(selector.bus_id)

@@ -18,6 +18,7 @@ from usbip_plugin.inventory.snapshot import OfferedDevice, Snapshot
 from usbip_plugin.inventory.turns import OFFERED_BY_ALL_S
 from usbip_plugin.locks.protocol import LockStatus
 from usbip_plugin.model import Descriptor, DeviceKey, Health, Lock, Reason
+from usbip_plugin.usbip.client import why_unlisted
 from usbip_plugin.usbip.poller import ServerState
 
 _SHOWN = 3
@@ -135,9 +136,13 @@ def import_obstacle(snapshot: Snapshot, offered: OfferedDevice) -> Health | None
         return Health(Reason.SERVER_UNREACHABLE, view.error or str(server))
     listed = view.by_busid.get(offered.key.busid)
     if listed is None:
+        if why := why_unlisted(view.problems, offered.key.busid):
+            return Health(Reason.NOT_LISTED, f"{server}: {why}")
         return Health(Reason.NOT_LISTED, f"{server} does not list {offered.key.busid}: unplugged, not bound, or in use")
     if listed.usb_id != offered.usb_id:
         return Health(Reason.LISTED_WRONG, f"expected {offered.usb_id} at {offered.key}, got {listed.usb_id}")
+    if listed.is_hub:
+        return Health(Reason.LISTED_WRONG, f"{offered.key} is a USB hub, and USB/IP cannot carry hubs")
     return _identity_health(snapshot, offered, listed)
 
 

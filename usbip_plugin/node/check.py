@@ -22,9 +22,9 @@ from usbip_plugin.errors import ConfigError, KubeError, KubeForbidden, KubeUnrea
 from usbip_plugin.kube.client import Api, connect
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.locks.record import LOCK_LABELS, SESSION_LABELS, LeaseStore, is_lock_name, lock_of, session_name
-from usbip_plugin.model import DEVICE_ID_PREFIX, Descriptor, ServerKey
+from usbip_plugin.model import DEVICE_ID_PREFIX, ServerKey
 from usbip_plugin.node.daemon import MakeDriver, Options
-from usbip_plugin.usbip.client import TcpUsbipClient
+from usbip_plugin.usbip.client import DeviceList, TcpUsbipClient
 from usbip_plugin.vhci.driver import DriverReport
 
 CHECK_TIMEOUT_S = 8.0
@@ -33,6 +33,8 @@ CONNECT_TIMEOUT_S = 2.0
 """Seconds that connecting to a unix socket on this node may take."""
 MAX_DEVICES_SHOWN = 20
 """Devices of one server that the report lists."""
+MAX_PROBLEMS_SHOWN = 10
+"""Problems of one server's list that the report shows."""
 PROBE_LOCK = DEVICE_ID_PREFIX + "a" * 20
 """The name of a lock that no device has. A digest of nothing but a's does not occur."""
 DEVLIST_TIMEOUT = 5.0
@@ -123,7 +125,7 @@ def driver_findings(report: DriverReport) -> list[Finding]:
     """Checks vhci_hcd: that it is loaded, has free ports, and can be written to."""
     name = "vhci_hcd"
     if not report.loaded:
-        return [Finding(name, Outcome.FAIL, "\n".join(report.problems) or "not loaded", "modprobe vhci-hcd")]
+        return [Finding(name, Outcome.FAIL, "\n".join(report.problems))]  # each problem already contains its cure
     detail = (
         f"{report.nports} ports; free: {report.hs_free} of {report.hs_total} high speed, "
         f"{report.ss_free} of {report.ss_total} super speed"
@@ -191,10 +193,11 @@ async def socket_check(
 
 
 async def server_check(
-    server: ServerKey, config: Config, devlist: Callable[[ServerKey], Awaitable[tuple[Descriptor, ...]]]
+    server: ServerKey, config: Config, devlist: Callable[[ServerKey], Awaitable[DeviceList]]
 ) -> list[Finding]:
     """Checks that a USB/IP server lists a device for each of its selectors. Raises the UsbipError of devlist."""
-    devices = await devlist(server)
+    found = await devlist(server)
+    devices = found.devices
     taken: dict[str, list[str]] = {}
     unmatched = []
     for resource in config.resources:
@@ -206,19 +209,22 @@ async def server_check(
                 unmatched.append(f"{resource.name}: no listed device matches {entry.selector}")
             for busid in hits:
                 taken.setdefault(busid, []).append(resource.name)
-    lines = [f"lists {_count(len(devices), 'available device')}"]
+    hubs = sum(device.is_hub for device in devices)
+    also = f" and {_count(hubs, 'hub')}, which USB/IP cannot carry" if hubs else ""
+    lines = [f"lists {_count(len(devices) - hubs, 'available device')}{also}"]
     for device in devices[:MAX_DEVICES_SHOWN]:
-        use = ", ".join(taken.get(device.busid, ())) or "no resource"
+        use = "hub" if device.is_hub else ", ".join(taken.get(device.busid, ())) or "no resource"
         lines.append(f"{device.busid} {device.usb_id}: {use}")
     cure = "in use, unplugged or not bound; run on the server: usbip list -l; usbip bind -b BUSID" if unmatched else ""
-    outcome = Outcome.WARN if unmatched else Outcome.OK
-    return [Finding(f"server {server}", outcome, "\n".join(lines + unmatched), cure)]
+    outcome = Outcome.WARN if unmatched or found.problems else Outcome.OK
+    lines += [*found.problems[:MAX_PROBLEMS_SHOWN], *unmatched]
+    return [Finding(f"server {server}", outcome, "\n".join(lines), cure)]
 
 
 async def lists_check(
     store: LeaseStore,
     servers: frozenset[ServerKey],
-    devlist: Callable[[ServerKey], Awaitable[tuple[Descriptor, ...]]],
+    devlist: Callable[[ServerKey], Awaitable[DeviceList]],
     now: datetime,
 ) -> list[Finding]:
     """Checks that no server lists a device that a living node has attached. Servers without an answer are left out."""
@@ -240,7 +246,7 @@ async def lists_check(
 
     async def listed_in_use(server: ServerKey) -> list[str]:
         with contextlib.suppress(UsbipError):  # server_check reports it
-            both = sorted(attached[server].keys() & {device.busid for device in await devlist(server)})
+            both = sorted(attached[server].keys() & {device.busid for device in (await devlist(server)).devices})
             return [f"lists {busid}, which node {attached[server][busid]} has attached" for busid in both]
         return []
 

@@ -98,6 +98,8 @@ def _servers(agent: Agent, now: float) -> tuple[ServerRow, ...]:
             failures=view.failures,
             error=view.error,
             flaws=tuple(sorted(flaw.value for flaw in view.flaws)),
+            hubs=sum(device.is_hub for device in view.devices),
+            problems=view.problems,
         )
         for server, view in sorted(agent.poller.views.items())
     )

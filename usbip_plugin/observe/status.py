@@ -50,11 +50,12 @@ class DeviceRow:
 class ServerRow:
     """A USB/IP server as this node sees it.
 
-    devices: how many devices the last good answer listed.
+    devices: how many devices the last good answer listed. hubs: how many of them are hubs, which are never offered.
     answered: seconds since the last good answer; None if there was none.
     failures: polls that have failed in a row.
     error: why the last poll failed; None if it did not.
     flaws: in words, how it does not keep a device to one client.
+    problems: the entries of the last good answer that were skipped or cut, and why.
     """
 
     server: str
@@ -65,6 +66,8 @@ class ServerRow:
     failures: int
     error: str | None
     flaws: tuple[str, ...] = ()
+    hubs: int = 0
+    problems: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,6 +36,10 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+DeviceList: TypeAlias = wire.DevlistReply
+"""The devices that a server lists, and the problems of its list."""
+why_unlisted = wire.why_unlisted
+
 # TCP keepalive: seconds of silence before the first probe, seconds between probes, and unanswered probes until the
 # connection ends. A dead server is found within about 8 s.
 KEEPALIVE_IDLE_S = 2
@@ -168,7 +172,7 @@ class UsbipClient(Protocol):
     Every call may raise ServerUnreachable, ServerTimeout or MalformedReply.
     """
 
-    async def devlist(self, server: ServerKey, *, timeout: float) -> tuple[Descriptor, ...]:
+    async def devlist(self, server: ServerKey, *, timeout: float) -> DeviceList:
         """Returns the devices that the server lists, in its order. usbipd lists only those free to import now."""
 
     async def import_device(self, key: DeviceKey, *, timeout: float) -> Imported:
@@ -211,13 +215,11 @@ class TcpUsbipClient:
     def close(self) -> None:
         self._connector.close()
 
-    async def devlist(self, server: ServerKey, *, timeout: float) -> tuple[Descriptor, ...]:
+    async def devlist(self, server: ServerKey, *, timeout: float) -> DeviceList:
         request = wire.encode_devlist_request()
         reply, sock = await self._ask(server, request, wire.devlist_reply(), "DEVLIST", timeout)
         sock.close()
-        for reason in reply.skipped:
-            log.debug("DEVLIST entry skipped", extra={"server": str(server), "reason": reason})
-        return reply.devices
+        return reply
 
     async def import_device(self, key: DeviceKey, *, timeout: float) -> Imported:
         if not model.valid_busid(key.busid):

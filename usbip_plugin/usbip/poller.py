@@ -36,6 +36,8 @@ MAX_RETRY = 30.0
 SECOND_LOOK = 0.5
 # Range of the random factor on the poll interval, so that nodes do not poll in step.
 JITTER = (0.8, 1.2)
+# Most problems of one server's list that one log line shows.
+PROBLEMS_SHOWN = 5
 # Most DEVLIST requests per second to one server, from all nodes together.
 MAX_RATE = 20.0
 
@@ -92,6 +94,7 @@ class ServerView:
     removed: the bus IDs of the good list before that are missing from `devices`.
     stays: by bus ID, for the devices listed now and those missing for less than ABSENCE at the last change.
     flaws: what this process has seen the server do wrong.
+    problems: the entries of the last good list that were skipped or cut, see DevlistReply.
     """
 
     server: ServerKey
@@ -102,6 +105,7 @@ class ServerView:
     answered: float | None = field(default=None, compare=False)
     removed: frozenset[str] = field(default=frozenset(), compare=False)
     stays: Mapping[str, Stay] = field(default_factory=dict, repr=False, compare=False)
+    problems: tuple[str, ...] = ()
     by_busid: Mapping[str, Descriptor] = field(init=False, repr=False, compare=False)
     flaws: frozenset[ServerFlaw] = frozenset()
 
@@ -125,11 +129,11 @@ class ServerView:
         return self.by_busid.get(busid) if self.state is ServerState.REACHABLE else None
 
 
-def listed(view: ServerView, devices: Iterable[Descriptor], now: float) -> ServerView:
+def listed(view: ServerView, devices: Iterable[Descriptor], now: float, problems: tuple[str, ...] = ()) -> ServerView:
     """Returns the view of a server after a good poll. now: monotonic seconds."""
     found = tuple(sorted(devices, key=lambda device: device.busid))
     if view.state is ServerState.REACHABLE and view.devices == found:
-        return replace(view, answered=now)
+        return replace(view, answered=now, problems=problems)
     stays = _ended(view.stays, now)
     for device in found:
         stay = stays.get(device.busid)
@@ -139,6 +143,7 @@ def listed(view: ServerView, devices: Iterable[Descriptor], now: float) -> Serve
     return replace(
         ServerView(view.server, ServerState.REACHABLE, found, answered=now, removed=frozenset(removed), stays=stays),
         flaws=view.flaws,
+        problems=problems,
     )
 
 
@@ -290,8 +295,8 @@ class ServerPoller:
         Returns None if the server does not list the device. Raises UsbipError if the server does not answer.
         Cancel-safe. Does not change views.
         """
-        devices = await self._client.devlist(key.server, timeout=self._timeout)
-        return next((device for device in devices if device.busid == key.busid), None)
+        found = await self._client.devlist(key.server, timeout=self._timeout)
+        return next((device for device in found.devices if device.busid == key.busid), None)
 
     async def run(self) -> None:
         """Runs until cancelled. Waits for the number of nodes, then polls every server in a task of its own."""
@@ -315,12 +320,13 @@ class ServerPoller:
             request.clear()  # before asking: the answer may not show a change that happens from here on
             asked_at = self._clock.monotonic()
             try:
-                devices = await self._client.devlist(server, timeout=self._timeout)
+                found = await self._client.devlist(server, timeout=self._timeout)
             except UsbipError as error:
                 self._update(server, partial(failed, error=str(error), now=self._clock.monotonic()))
                 wait = next(waits)
             else:
-                self._update(server, partial(listed, devices=devices, now=self._clock.monotonic()))
+                now = self._clock.monotonic()
+                self._update(server, partial(listed, devices=found.devices, now=now, problems=found.problems))
                 waits = backoff(self._rng, FIRST_RETRY, MAX_RETRY)
                 wait = self._interval * self._rng.uniform(*JITTER)
             self._asked[server] = asked_at
@@ -363,5 +369,8 @@ class ServerPoller:
                 log.info("server answers", extra={"server": str(server), "devices": len(new.devices)})
             else:
                 log.warning("server does not answer", extra={"server": str(server), "cause": new.error})
+        if new.problems and new.problems != old.problems:
+            extra = {"server": str(server), "problems": new.problems[:PROBLEMS_SHOWN], "count": len(new.problems)}
+            log.warning("server lists devices that cannot be used", extra=extra)
         for callback in tuple(self._subscribers):
             callback(new)

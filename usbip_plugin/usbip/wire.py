@@ -36,11 +36,13 @@ ST_DEV_ERR = 3
 ST_NODEV = 4
 ST_ERROR = 5
 
-# Most devices accepted in one DEVLIST reply.
+# Most devices read from one DEVLIST reply.
 MAX_DEVICES = 256
-# Most interfaces accepted of one device: USB_MAXINTERFACES of the kernel.
+# Most interfaces kept of one device: USB_MAXINTERFACES of the kernel. The number on the wire is a byte.
 MAX_INTERFACES = 32
-SPEEDS = range(1, 7)  # enum usb_device_speed, low to super-plus
+# The speeds on the wire, and the speed of the kernel's enum usb_device_speed that each of them means. Servers on libusb
+# send its LIBUSB_SPEED_SUPER (4), which is wireless USB to the kernel. No such device was ever exported.
+SPEEDS = {1: 1, 2: 2, 3: 3, 4: 5, 5: 5, 6: 6}
 
 _OP = struct.Struct(">HHI")  # version, code, status
 _COUNT = struct.Struct(">I")
@@ -48,6 +50,10 @@ _DEVICE = struct.Struct(">256s32sIIIHHHBBBBBB")
 _INTERFACE = struct.Struct(">BBBx")
 _PATH_BYTES = 256
 _BUSID_BYTES = 32
+
+
+WHOLE_LIST = "the list"
+"""The name of the whole list in a problem. It is not a valid bus ID."""
 
 
 class ProtocolViolation(ValueError):
@@ -59,11 +65,16 @@ class DevlistReply:
     """The reply to a DEVLIST request.
 
     devices: the usable entries, each bus ID once.
-    skipped: for each other entry, the reason why it cannot be used.
+    problems: for each entry that was skipped or cut, its bus ID or number, and why. First, whether the list was cut.
     """
 
     devices: tuple[Descriptor, ...]
-    skipped: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+
+
+def why_unlisted(problems: Iterable[str], busid: str) -> str:
+    """Returns why a list with these problems may lack a bus ID, "" if they do not explain it."""
+    return "; ".join(problem for problem in problems if problem.startswith((f"{WHOLE_LIST}: ", f"{busid}: ")))
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,34 +126,38 @@ def devlist_reply() -> Decoding[DevlistReply]:
     """Decodes OP_REP_DEVLIST.
 
     Skips an entry whose text, numbers or speed cannot be used, and keeps the first of two entries with one bus ID: one
-    odd device must not hide the rest. Raises ProtocolViolation if a count exceeds its limit, the header is wrong, or
-    the status is not ST_OK.
+    odd device must not hide the rest. Leaves what follows the first MAX_DEVICES entries unread. Raises
+    ProtocolViolation if the header is wrong or the status is not ST_OK.
     """
     status = _decode_header((yield _OP.size), OP_REP_DEVLIST)
     if status != ST_OK:
         raise ProtocolViolation(f"the server refused DEVLIST (status {status})")
     (count,) = _COUNT.unpack((yield _COUNT.size))
-    if count > MAX_DEVICES:
-        raise ProtocolViolation(f"DEVLIST announces {count} devices, more than {MAX_DEVICES}")
     devices: dict[str, Descriptor] = {}
-    skipped = []
-    for _ in range(count):
+    problems: list[str] = []
+    if count > MAX_DEVICES:
+        problems.append(f"{WHOLE_LIST}: only the first {MAX_DEVICES} of {count} devices are read")
+    for number in range(min(count, MAX_DEVICES)):
         raw = yield _DEVICE.size
         interfaces = raw[-1]  # bNumInterfaces is the last byte: the number of interface entries that follow
-        if interfaces > MAX_INTERFACES:
-            raise ProtocolViolation(f"DEVLIST entry announces {interfaces} interfaces, more than {MAX_INTERFACES}")
         tail = (yield interfaces * _INTERFACE.size) if interfaces else b""
+        name = f"entry {number + 1}"
         try:
+            name = _decode_busid(raw[_PATH_BYTES : _PATH_BYTES + _BUSID_BYTES])
             device = _decode_device(raw)
         except ProtocolViolation as violation:
-            skipped.append(str(violation))
+            problems.append(f"{name}: {violation}")
             continue
-        if device.busid in devices:
-            skipped.append(f"bus ID {device.busid} is listed twice")
+        if name in devices:
+            problems.append(f"{name}: listed more than once, only the first entry is used")
             continue
         classes = tuple(InterfaceClass(*fields) for fields in _INTERFACE.iter_unpack(tail))
-        devices[device.busid] = replace(device, interfaces=classes)
-    return DevlistReply(tuple(devices.values()), tuple(skipped))
+        if interfaces > MAX_INTERFACES:  # some servers count each alternate setting
+            classes = tuple(dict.fromkeys(classes))
+            if len(classes) > MAX_INTERFACES:
+                problems.append(f"{name}: only the first {MAX_INTERFACES} of {len(classes)} interface classes are used")
+        devices[name] = replace(device, interfaces=classes[:MAX_INTERFACES])
+    return DevlistReply(tuple(devices.values()), tuple(problems))
 
 
 def import_reply(busid: str) -> Decoding[ImportReply]:
@@ -198,6 +213,7 @@ def _decode_device(raw: bytes) -> Descriptor:
     path, busid, busnum, devnum, speed, vendor, product, bcd, *rest = _DEVICE.unpack(raw)
     if speed not in SPEEDS:
         raise ProtocolViolation(f"speed {speed} is not a valid USB speed")
+    speed = SPEEDS[speed]
     if busnum > 0xFFFF or devnum > 0xFFFF:
         raise ProtocolViolation(f"bus {busnum} and device {devnum} must fit in 16 bits each")
     name = _decode_busid(busid)

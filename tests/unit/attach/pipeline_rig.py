@@ -26,7 +26,7 @@ from usbip_plugin.locks.manager import IMPORT_WINDOW_S, Grant, LockManager
 from usbip_plugin.locks.protocol import LockMeta, Rules
 from usbip_plugin.locks.watch import LockChange
 from usbip_plugin.model import Attachment, Descriptor, DeviceKey, Identity, Lock, ServerKey
-from usbip_plugin.usbip.client import Imported
+from usbip_plugin.usbip.client import DeviceList, Imported
 from usbip_plugin.usbip.identify import DeviceIdentity
 from usbip_plugin.usbip.poller import ServerFlaw
 from usbip_plugin.vhci.driver import ASKED_CHILD_WAIT_S, PortState
@@ -134,7 +134,7 @@ class ScriptedClient:
         self.limits: list[float] = []
         self._script, self._sockets = script, sockets
 
-    async def devlist(self, server: ServerKey, *, timeout: float) -> tuple[Descriptor, ...]:
+    async def devlist(self, server: ServerKey, *, timeout: float) -> DeviceList:
         raise NotImplementedError
 
     async def import_device(self, key: DeviceKey, *, timeout: float) -> Imported:

@@ -8,10 +8,11 @@ import pytest
 
 from tests.rigs.vocabulary import KEY
 from tests.unit.cli.device_facts import FREE, HELD, LISTED, NOTES, UNLISTED, UNREACHABLE, known
-from usbip_plugin.cli.explain import DeviceDetails, PluginStatus, PodStatus, explain, render
+from usbip_plugin.cli.explain import DeviceDetails, Listing, PluginStatus, PodStatus, ServerAnswer, explain, render
 from usbip_plugin.cli.lookup import plugin_status, pod_status
 from usbip_plugin.model import PodRef
 
+HUB = ServerAnswer(Listing.HUB, "0951:1666")
 WITH_SERIAL = replace(FREE, known=known(notes=NOTES | {"usbip.dev/serial": "RED"}))
 GONE_NODE = replace(HELD, known=known("node-a", heard=500, written=500), pod=PodStatus.GONE, plugin=PluginStatus.NONE)
 PODS = "kubectl -n usbip-system get pods -l app.kubernetes.io/name=usbip-plugin --field-selector spec.nodeName=node-a"
@@ -27,6 +28,7 @@ LOG = f"read the log of the plugin on that node: kubectl -n usbip-system logs $(
         (replace(HELD, known=known("node-a", notes={})), False, "lab:3240/1-1 is in use on node node-a."),
         (replace(FREE, server=UNLISTED), False, "lab:3240/1-1 is unavailable: its server does not export it."),
         (replace(FREE, server=UNREACHABLE), False, "its server does not answer this machine."),
+        (replace(FREE, server=HUB, offers=()), False, "it is a USB hub, and USB/IP cannot carry hubs."),
         (replace(FREE, offers=()), False, "no resource in the configuration selects it."),
         (replace(FREE, offers=None, config_source="no right to"), True, "is available."),
         (GONE_NODE, False, "its server does not export it."),
@@ -86,6 +88,11 @@ def test_the_verdict_says_whether_the_device_is_available(facts: DeviceDetails, 
         (replace(HELD, known=known("node-a", heard=None, written=10)), ["last heartbeat: 2026-05-04T06:01:51Z"]),
         (GONE_NODE, ["silent for longer", "05:53:41Z, 8m ago)", "usbip detach -p 3", "usbip unbind -b 1-1"]),
         (replace(FREE, server=UNLISTED), ["unplugged, not bound, or in use outside", "usbip bind -b 1-1"]),
+        (
+            replace(FREE, server=replace(UNLISTED, error="1-1: speed 9 is not a valid USB speed")),
+            ["not all of its list can be used: 1-1: speed 9 is not a valid USB speed."],
+        ),
+        (replace(FREE, server=HUB, offers=()), ["lists a hub (class 09) under this bus ID", "devices behind the hub"]),
         (replace(FREE, server=UNREACHABLE), ["connection refused", "usbipd is running"]),
         (replace(FREE, offers=None, config_source="X cannot be read"), ["are unknown: X cannot be read"]),
         (

@@ -17,7 +17,7 @@ from usbip_plugin.kube.client import Api
 from usbip_plugin.locks import record
 from usbip_plugin.locks.record import Lease, LeaseList, LeaseStore
 from usbip_plugin.model import Descriptor, DeviceKey, ServerKey
-from usbip_plugin.usbip.client import UsbipClient
+from usbip_plugin.usbip.client import DeviceList, UsbipClient
 
 
 def candidate(host: str, busid: str, *resources: str, serial: str | None = None) -> NamedDevice:
@@ -110,9 +110,9 @@ class Servers:
     def __init__(self, **lists: tuple[Descriptor, ...]) -> None:
         self._lists = lists
 
-    async def devlist(self, server: ServerKey, *, timeout: float) -> tuple[Descriptor, ...]:
+    async def devlist(self, server: ServerKey, *, timeout: float) -> DeviceList:
         del timeout
-        return self._lists.get(server.host, ())
+        return DeviceList(self._lists.get(server.host, ()))
 
 
 FAR_KEY = DeviceKey(ATTIC, "7-2")

@@ -395,6 +395,10 @@ def test_an_invalid_list_is_an_error_with_its_place_and_cure(text: str, place: s
             "resources.a[0].selector.class",
             "a list is not a valid USB class; expected 2 hex digits or one of",
         ),
+        *(
+            (one_selector(f'{{class: "{hub}"}}'), "resources.a[0].selector.class", "class 09 is a USB hub")
+            for hub in ("09", "0x9", "9")
+        ),
         (
             one_selector('{vendor: "12345"}'),
             "resources.a[0].selector.vendor",

@@ -75,6 +75,11 @@ def test_interfaces_are_needed_only_if_the_server_does_not_list_them(
     assert matches(Selector(class_=8, vendor=1), device, Identity(interfaces=interfaces)) is Match.NO
 
 
+@pytest.mark.parametrize("selector", [Selector(), Selector(bus_id="1-*"), Selector(class_=8), Selector(class_=9)])
+def test_no_selector_matches_a_hub(selector: Selector) -> None:
+    assert matches(selector, dataclasses.replace(DEVICE, device_class=9)) is Match.NO
+
+
 def test_a_known_mismatch_needs_no_probe() -> None:
     assert matches(Selector(class_=8, serial="A1"), UNCONFIGURED, Identity(serial="B2")) is Match.NO
     assert matches(Selector(class_=8, serial="A1"), UNCONFIGURED, Identity(interfaces=HID)) is Match.NO

@@ -15,7 +15,7 @@ from usbip_plugin.inventory.health import API_GRACE, resolve_ambiguity
 from usbip_plugin.inventory.members import update_offered
 from usbip_plugin.inventory.snapshot import ApiStatus, PortSummary, Snapshot
 from usbip_plugin.locks.protocol import LockStatus
-from usbip_plugin.model import DeviceKey, Health, Identity, Lock, Reason
+from usbip_plugin.model import HUB_CLASS, DeviceKey, Health, Identity, Lock, Reason
 from usbip_plugin.usbip.poller import ServerState
 
 
@@ -46,6 +46,16 @@ def health_of(now: Snapshot) -> Health:
         (snapshot(servers={}), Reason.UNKNOWN, "lab"),
         (snapshot(servers={LAB: view()}), Reason.NOT_LISTED, "1-1"),
         (snapshot(servers={LAB: view(descriptor(usb_id=DONGLE))}), Reason.LISTED_WRONG, "1050:0407"),
+        (
+            snapshot(servers={LAB: replace(view(), problems=("1-10: no", "1-1: speed 9 is not a valid USB speed"))}),
+            Reason.NOT_LISTED,
+            "lab:3240: 1-1: speed 9 is not a valid USB speed",
+        ),
+        (
+            snapshot(servers={LAB: view(replace(descriptor(), device_class=HUB_CLASS))}),
+            Reason.LISTED_WRONG,
+            "lab:3240/1-1 is a USB hub, and USB/IP cannot carry hubs",
+        ),
         (snapshot(servers={LAB: view()}, released=frozenset({KEY.id})), Reason.FREE, ""),
         (
             snapshot(servers={LAB: view(descriptor(usb_id=DONGLE))}, released=frozenset({KEY.id})),

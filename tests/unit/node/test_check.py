@@ -20,10 +20,11 @@ from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, S
 from usbip_plugin.errors import ConfigError, KubeForbidden, KubeUnreachable, ServerUnreachable
 from usbip_plugin.locks import record
 from usbip_plugin.locks.record import Lease
-from usbip_plugin.model import Descriptor, DeviceKey, ServerKey, UsbId
+from usbip_plugin.model import HUB_CLASS, DeviceKey, ServerKey, UsbId
 from usbip_plugin.node import check
 from usbip_plugin.node.check import Finding, Outcome, Permission, check_node
 from usbip_plugin.node.daemon import Options
+from usbip_plugin.usbip.client import DeviceList
 from usbip_plugin.vhci.driver import DriverReport
 from usbip_plugin.vhci.linux import SysfsVhci
 from usbip_plugin.vhci.uevents import NetlinkUevents
@@ -145,9 +146,9 @@ async def test_the_finding_of_a_server_lists_its_devices_with_their_resources_an
             ResourceConfig("other", (DeviceSelector(ServerKey("elsewhere"), Selector(vendor=9)),)),
         )
     )
-    listed: tuple[Descriptor, ...] = (descriptor("1-1", UsbId(1, 2)), descriptor("1-2", UsbId(3, 4)))
+    listed = DeviceList((descriptor("1-1", UsbId(1, 2)), descriptor("1-2", UsbId(3, 4))))
 
-    async def devlist(server: ServerKey) -> tuple[Descriptor, ...]:
+    async def devlist(server: ServerKey) -> DeviceList:
         assert server == SERVER
         return listed
 
@@ -159,8 +160,26 @@ async def test_the_finding_of_a_server_lists_its_devices_with_their_resources_an
         "1-2 0003:0004: no resource",
         "key: no listed device matches vendor 0009",
     ]
-    listed = (*listed, descriptor("1-3", UsbId(9, 9)))
+    listed = DeviceList((*listed.devices, descriptor("1-3", UsbId(9, 9))))
     assert statuses(await check.server_check(SERVER, config, devlist)) == [Outcome.OK]
+
+
+async def test_the_finding_of_a_server_shows_its_hubs_and_the_entries_that_cannot_be_used() -> None:
+    config = Config((ResourceConfig("any", (DeviceSelector(SERVER),)),))
+    hub = dataclasses.replace(descriptor("1-1", UsbId(0x1D6B, 2)), device_class=HUB_CLASS)
+    problems = ("1-7: speed 9 is not a valid USB speed", *("more",) * 20)
+
+    async def devlist(_server: ServerKey) -> DeviceList:
+        return DeviceList((hub, descriptor("1-9", UsbId(3, 4))), problems)
+
+    (finding,) = await check.server_check(SERVER, config, devlist)
+    assert finding.outcome is Outcome.WARN
+    assert finding.detail.splitlines() == [
+        "lists 1 available device and 1 hub, which USB/IP cannot carry",
+        "1-1 1d6b:0002: hub",
+        "1-9 0003:0004: any",
+        *problems[: check.MAX_PROBLEMS_SHOWN],
+    ]
 
 
 def reviewer(*denied: str) -> ApiDouble:
@@ -219,13 +238,13 @@ async def test_a_server_that_lists_what_a_living_node_has_attached_is_a_warning(
     await hold("1-5", "alive")
     await hold("1-6", "")
 
-    async def devlist(_server: ServerKey) -> tuple[Descriptor, ...]:
-        return tuple(descriptor(busid) for busid in ("1-1", "1-2", "1-3", "1-4", "1-6"))
+    async def devlist(_server: ServerKey) -> DeviceList:
+        return DeviceList(tuple(descriptor(busid) for busid in ("1-1", "1-2", "1-3", "1-4", "1-6")))
 
     (finding,) = await check.lists_check(store, frozenset({SERVER}), devlist, now)
     assert (finding.outcome, finding.detail) == (Outcome.WARN, "lists 1-1, which node alive has attached")
 
-    async def unreachable(server: ServerKey) -> tuple[Descriptor, ...]:
+    async def unreachable(server: ServerKey) -> DeviceList:
         raise ServerUnreachable(server, "refused")
 
     assert await check.lists_check(store, frozenset({SERVER}), unreachable, now) == []

@@ -149,6 +149,9 @@ def test_every_device_is_shown_with_its_reason_holder_and_pod() -> None:
         ({"not_alive": ("event loop: no heartbeat",)}, "event loop: no heartbeat"),
         ({"servers": (ServerRow("lab:1", "unreachable", False, 0, None, 3, "refused"),)}, "refused"),
         ({"servers": (ServerRow("lab:1", "unreachable", False, 0, None, 3, "refused"),)}, "never"),
+        ({"servers": (replace(STATUS.servers[0], hubs=2),)}, "hubs, never offered: 2"),
+        ({"servers": (replace(STATUS.servers[0], problems=("1-5: odd",)),)}, "1-5: odd"),
+        ({"servers": (replace(STATUS.servers[0], problems=("1-5: odd",) * 7),)}, "and 2 more"),
         ({"registrations": (RegistrationRow("r", False, 0, "no kubelet"),)}, "no kubelet"),
         ({"locks": replace(STATUS.locks, reachable=False, error="timeout")}, "API server unreachable for 5 s"),
         ({"locks": replace(STATUS.locks, held=0, heartbeat=None)}, "not needed"),
@@ -226,7 +229,7 @@ def test_hostile_text_makes_no_element_and_no_attribute(bad: str) -> None:
     status = replace(
         poison(STATUS),
         devices=(poison(MINE), poison(HELD)),
-        servers=(poison(STATUS.servers[0]),),
+        servers=(replace(poison(STATUS.servers[0]), problems=(bad,)),),
         registrations=(replace(poison(STATUS.registrations[0]), registered=False),),
         locks=replace(poison(STATUS.locks), reachable=False),
         config=replace(poison(STATUS.config), problems=(bad,), warnings=(bad,)),

@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 import random
 from collections.abc import AsyncIterator
+from dataclasses import replace
+
+import pytest
 
 from tests.rigs.tasks import background, virtual_with
-from usbip_plugin.model import Descriptor, DeviceKey, ServerKey, UsbId
-from usbip_plugin.usbip.client import TcpUsbipClient
+from usbip_plugin.model import DeviceKey, ServerKey, UsbId
+from usbip_plugin.usbip.client import DeviceList, TcpUsbipClient
 from usbip_plugin.usbip.poller import (
     FIRST_RETRY,
     MAX_RATE,
@@ -43,7 +47,7 @@ class RecordingClient(TcpUsbipClient):
         super().__init__(clock, connector)
         self._now, self._polls = clock.monotonic, polls
 
-    async def devlist(self, server: ServerKey, *, timeout: float) -> tuple[Descriptor, ...]:
+    async def devlist(self, server: ServerKey, *, timeout: float) -> DeviceList:
         self._polls[server].append(self._now())
         return await super().devlist(server, timeout=timeout)
 
@@ -101,6 +105,27 @@ async def test_only_changes_are_reported(lab: Lab) -> None:
     lab.servers[0].unplug("1-1")
     await lab.clock.sleep(POLL_INTERVAL * 1.2 + 1)
     assert [len(view.devices) for view in lab.changes] == [2, 1]
+
+
+@one_server
+async def test_an_odd_entry_hides_nothing_and_is_reported_once_until_it_changes(
+    lab: Lab, caplog: pytest.LogCaptureFixture
+) -> None:
+    await lab.clock.sleep(1)
+    lab.servers[0].plug(replace(STICK, busid="1-7", speed=9))
+    await lab.clock.sleep(60)
+    lab.servers[0].unplug("1-1")
+    await lab.clock.sleep(60)
+    lab.servers[0].plug(replace(STICK, busid="1-8", speed=9))
+    await lab.clock.sleep(60)
+    lab.servers[0].unplug("1-7")
+    lab.servers[0].unplug("1-8")
+    await lab.clock.sleep(60)
+    seven, eight = ("1-7: speed 9 is not a valid USB speed", "1-8: speed 9 is not a valid USB speed")
+    seen = [(len(view.devices), view.problems) for view in lab.changes]
+    assert seen == [(2, ()), (2, (seven,)), (1, (seven,)), (1, (seven, eight)), (1, ())]
+    warned = [vars(record) for record in caplog.records if record.levelno == logging.WARNING]
+    assert [(one["problems"], one["count"]) for one in warned] == [((seven,), 1), ((seven, eight), 2)]
 
 
 @one_server
