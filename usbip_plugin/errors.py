@@ -4,8 +4,8 @@ PluginError (in parentheses: subclasses)
   ConfigError
   UsbipError: ServerUnreachable, ServerTimeout, MalformedReply, ImportRefused (DeviceBusy, DeviceUnknown), WrongDevice,
     WrongSerial
-  VhciError: DriverMissing (SimulatedKernelMissing), DriverNotWritable, RecordNotWritable, PortsExhausted,
-    AttachRefused, AttachStuck, NodesMissing, DetachFailed
+  VhciError: DriverMissing (KernelUnsupported, SimulatedKernelMissing), DriverNotWritable, RecordNotWritable,
+    PortsExhausted, AttachRefused, AttachStuck, HubRefused, NodesMissing, DetachFailed
   CdiError
   LockError: LockHeld, LockLost, LockUnavailable
   KubeError: KubeUnreachable, KubeUnauthorized, KubeForbidden, KubeNotFound, KubeConflict, KubeGone, KubeThrottled,
@@ -23,6 +23,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from usbip_plugin.model import DeviceKey, ServerKey, UsbId
+
+LEAST_KERNEL = "4.17"
+"""The oldest Linux that works. Older ones have other columns in status, and the address of a socket, not its number."""
 
 _CURES = {
     errno.ENOSPC: "the file system is full: free some space",
@@ -134,10 +137,18 @@ class VhciError(PluginError):
 
 
 class DriverMissing(VhciError):
-    """vhci_hcd is not loaded on this node, or its sysfs directory is missing."""
+    """This node has no vhci_hcd that the plugin can use: it is not loaded, or its kernel is too old."""
 
     def __init__(self, path: str) -> None:
         super().__init__(f"vhci_hcd is not loaded: {path} does not exist; run on this node: modprobe vhci-hcd")
+
+
+class KernelUnsupported(DriverMissing):
+    """The vhci_hcd of this node's kernel is not one that the plugin can read. kernel: its version."""
+
+    def __init__(self, kernel: str, cause: str) -> None:
+        needed = f"the plugin needs Linux {LEAST_KERNEL} or later on this node"
+        PluginError.__init__(self, f"cannot use the vhci_hcd of Linux {kernel}: {needed} ({cause})")
 
 
 class SimulatedKernelMissing(DriverMissing):
@@ -188,6 +199,13 @@ _DRIVERS = {
     "input": "usbhid and evdev",
     "sound": "snd-usb-audio",
 }
+
+
+class HubRefused(VhciError):
+    """The device is a USB hub, which USB/IP cannot carry. It was detached and never authorised."""
+
+    def __init__(self, key: DeviceKey) -> None:
+        super().__init__(f"{key} is a USB hub, and USB/IP cannot carry hubs; select the devices behind the hub")
 
 
 class NodesMissing(VhciError):

@@ -249,7 +249,7 @@ class Reason(enum.Enum):
     MOVED = "moved to another bus ID or server"
     AMBIGUOUS = "duplicate serial number"
     API_UNREACHABLE = "API server unreachable"
-    NO_DRIVER = "vhci_hcd is not loaded on this node"
+    NO_DRIVER = "no usable vhci_hcd on this node"
     NO_PORT = "no free vhci port on this node"
     ALLOCATES_FAILED = "recent Allocates failed"
     UNKNOWN = "not seen yet"

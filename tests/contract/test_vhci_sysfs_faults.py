@@ -9,14 +9,16 @@ import os
 import shutil
 import threading
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tests.rigs.vhci_contract import attached, state
 from tests.rigs.vhci_fake_sysfs import add_interface, add_node
-from tests.rigs.vhci_rigs import SERVER, TWINS, Connection, FakeSysfsRig
+from tests.rigs.vhci_rigs import SERVER, SUPER, TWINS, Connection, FakeSysfsRig
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.errors import (
     AttachRefused,
@@ -24,18 +26,21 @@ from usbip_plugin.errors import (
     DetachFailed,
     DriverMissing,
     DriverNotWritable,
+    HubRefused,
+    KernelUnsupported,
     PortsExhausted,
     RecordNotWritable,
     VhciError,
     WrongDevice,
     WrongSerial,
 )
-from usbip_plugin.model import Attachment, DeviceKey, UsbId
+from usbip_plugin.model import HUB_CLASS, Attachment, DeviceKey, InterfaceClass, Reason, UsbId
+from usbip_plugin.node.check import Outcome, driver_findings
 from usbip_plugin.sync import RECHECK_S, Broadcast
 from usbip_plugin.vhci import sysfs
 from usbip_plugin.vhci.devices import DeviceAttributes, DeviceNodes, read_nodes
 from usbip_plugin.vhci.linux import ATTACH_TRIES, SysfsVhci
-from usbip_plugin.vhci.sysfs import PortStatus
+from usbip_plugin.vhci.sysfs import SPEED_SUPER, SPEED_SUPER_PLUS, PortStatus
 from usbip_plugin.vhci.uevents import Uevent
 
 LIMIT_S = 10.0
@@ -105,6 +110,28 @@ class TestAttachWrite:
 
         rig.sysfs.before_attach = refuse
         assert await attach(rig, rig.plugin()) == 1
+
+    async def test_a_kernel_that_refuses_super_speed_plus_gets_the_device_as_super_speed(
+        self, rig: FakeSysfsRig
+    ) -> None:
+        """vhci_hcd takes speed 6 since Linux 6.12; before, attach is EINVAL (valid_args of vhci_sysfs.c)."""
+        write = rig.sysfs.write
+
+        def before_6_12(path: Path, text: str) -> None:
+            if path.name == "attach" and text.split()[3] not in "12345":
+                rig.sysfs.refuse["attach"] = [errno.EINVAL]
+            write(path, text)
+
+        rig.sysfs.write = before_6_12  # type: ignore[method-assign]
+        driver = rig.plugin()
+        for busid in ("2-1", "2-2"):
+            imported = rig.server.connect(replace(SUPER, busid=busid, speed=SPEED_SUPER_PLUS))
+            port = await driver.attach(imported.key, imported.descriptor, imported.fileno())
+            imported.close()
+            assert ((await state(driver, port)).speed, rig.sysfs.rows[port].hub) == (SPEED_SUPER, "ss")
+            await driver.detach(port, timeout=LIMIT_S)
+        tried = [int(text.split()[3]) for path, text in rig.sysfs.written if path.endswith("/attach")]
+        assert tried == [SPEED_SUPER_PLUS, SPEED_SUPER, SPEED_SUPER]
 
     async def test_it_gives_up_when_every_port_is_taken_in_between(self, rig: FakeSysfsRig) -> None:
         tried: list[int] = []
@@ -203,6 +230,41 @@ class TestAttachWrite:
         assert (report.loaded, len(report.problems)) == (False, 1)
         gone.rename(rig.sysfs.base)
 
+    @pytest.mark.parametrize(
+        ("file", "text"),
+        [
+            # status_show() of Linux 4.13 prints the address of the socket
+            ("status", "hub port sta spd dev socket local_busid\nhs  0000 004 000 00000000 0000000000000000 0-0\n"),
+            ("status", "prt sta spd bus dev socket local_busid\n000 004 000 000 000 0000000000000000 000-000\n"),
+            ("nports", None),
+        ],
+        ids=["Linux 4.13", "Linux 4.4", "no nports"],
+    )
+    async def test_a_kernel_that_is_not_understood_is_never_called_a_missing_module(
+        self, rig: FakeSysfsRig, file: str, text: str | None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = rig.sysfs.base / file
+        path.unlink() if text is None else path.write_text(text)
+        monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(release="4.14.0-1"))
+        driver = rig.plugin()
+        sentence = "cannot use the vhci_hcd of Linux 4.14.0-1: the plugin needs Linux 4.17 or later on this node"
+        with pytest.raises(KernelUnsupported) as raised:
+            await driver.ports()
+        assert str(raised.value).startswith(sentence)
+        (finding,) = driver_findings(await driver.check())
+        assert (finding.outcome, finding.cure) == (Outcome.FAIL, "")
+        assert finding.detail.startswith(sentence)
+        with pytest.raises(KernelUnsupported):
+            await attach(rig, driver)
+        text_of_all = f"{Reason.NO_DRIVER.value} {raised.value} {finding.detail}"
+        assert "not loaded" not in text_of_all
+
+    async def test_the_vhci_hcd_of_a_kernel_before_4_9_has_no_number(self, rig: FakeSysfsRig) -> None:
+        old = rig.sysfs.base.rename(rig.sysfs.base.with_name("vhci_hcd"))
+        with pytest.raises(KernelUnsupported):
+            await rig.plugin().ports()
+        old.rename(rig.sysfs.base)
+
     async def test_a_cancelled_attach_is_undone(self, rig: FakeSysfsRig) -> None:
         entered, go_on = asyncio.Event(), threading.Event()
         loop = asyncio.get_running_loop()
@@ -267,6 +329,27 @@ class TestEnumeration:
         error = raised.value
         assert (error.expected, error.found, error.devid) == ("A123", serial or "", TWINS[0].devid)
         assert (await state(driver, port)).status is PortStatus.NULL
+        assert not [path for path, _text in rig.sysfs.written if path.endswith("/authorized")]
+
+    @pytest.mark.parametrize(("device_class", "interface_class"), [(HUB_CLASS, 0), (0, HUB_CLASS)])
+    async def test_a_hub_is_detached_and_never_authorised_whatever_its_server_lists(
+        self, rig: FakeSysfsRig, device_class: int, interface_class: int
+    ) -> None:
+        driver = rig.plugin()
+        interfaces = (InterfaceClass(0xFF, 0, 0), InterfaceClass(interface_class, 0, 0))
+        rig.sysfs.devices[TWINS[0].devid] = replace(TWINS[0], device_class=device_class, interfaces=interfaces)
+        port = await attach(rig, driver)
+        with pytest.raises(HubRefused, match="1-1 is a USB hub"):
+            await enumerate_twin(driver, port)
+        assert (await state(driver, port)).status is PortStatus.NULL
+        assert not [path for path, _text in rig.sysfs.written if path.endswith("/authorized")]
+
+    async def test_a_device_whose_descriptors_cannot_be_read_is_never_authorised(self, rig: FakeSysfsRig) -> None:
+        driver = rig.plugin()
+        port = await attach(rig, driver)
+        (rig.sysfs.rows[port].device / "descriptors").unlink()
+        with pytest.raises(AttachStuck, match="could not be authorised"):
+            await enumerate_twin(driver, port)
         assert not [path for path, _text in rig.sysfs.written if path.endswith("/authorized")]
 
     async def test_a_device_with_the_expected_serial_number_is_accepted(self, rig: FakeSysfsRig) -> None:

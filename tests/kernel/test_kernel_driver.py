@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import stat
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,11 +26,13 @@ from tests.kernel.kernel_rig import (
 from tests.rigs.agent_rig import arrives
 from tests.rigs.usbipd import RealUsbipd, eventually
 from tests.rigs.vhci_contract import VhciContract, attached, state
-from usbip_plugin.errors import DeviceBusy, WrongDevice, WrongSerial
-from usbip_plugin.model import Attachment, DeviceNode, UsbId
+from usbip_plugin.errors import DeviceBusy, HubRefused, WrongDevice, WrongSerial
+from usbip_plugin.model import HUB_CLASS, Attachment, DeviceKey, DeviceNode, InterfaceClass, UsbId
 from usbip_plugin.vhci.linux import SysfsVhci
-from usbip_plugin.vhci.sysfs import PortStatus
+from usbip_plugin.vhci.sysfs import SPEED_SUPER, SPEED_SUPER_PLUS, PortStatus
 from usbip_plugin.vhci.uevents import NetlinkUevents, Uevent
+from usbip_sim.server.server import VirtualServer
+from usbip_sim.server.usbdevice import VirtualDevice
 
 
 class TestContract(VhciContract):
@@ -68,6 +72,18 @@ def exchange(path: str, written: bytes) -> bytes:
         device.write(written)
         os.fsync(device.fileno())
     return first or b""
+
+
+@contextlib.asynccontextmanager
+async def served(rig: KernelRig, device: VirtualDevice) -> AsyncIterator[Connection]:
+    """Yields an import of this device from a virtual server."""
+    server = VirtualServer([device], reset_time=0)
+    await server.start()
+    try:
+        yield Connection(await rig.client.import_device(DeviceKey(server.key, device.busid), timeout=LIMIT_S))
+    finally:
+        await rig.clean()
+        await server.stop()
 
 
 def both_have_ttys() -> bool:
@@ -132,6 +148,25 @@ class TestDevices:
                 await removed.wait()
             listening.cancel()
         assert not [event for event in received if event.fields.get("DEVTYPE") == "usb_interface"]
+
+    @pytest.mark.short
+    async def test_a_hub_is_never_authorised_whatever_its_server_lists(self, rig: KernelRig) -> None:
+        hub = VirtualDevice("9-1", UsbId(0x0951, 0x1666), interface=InterfaceClass(HUB_CLASS, 0, 0))
+        async with served(rig, hub) as imported:
+            driver = rig.plugin()
+            with pytest.raises(HubRefused):
+                await attached(driver, imported)
+            assert not [port for port in await driver.ports() if port.status is not PortStatus.NULL]
+
+    @pytest.mark.short
+    async def test_a_device_of_10_gbit_is_attached_at_the_speed_that_the_kernel_takes(self, rig: KernelRig) -> None:
+        """vhci_hcd takes USB_SPEED_SUPER_PLUS since Linux 6.12."""
+        disk = VirtualDevice("9-1", UsbId(0x0781, 0x55AE), speed=SPEED_SUPER_PLUS)
+        version = tuple(int(number) for number in os.uname().release.split(".")[:2])
+        async with served(rig, disk) as imported:
+            driver = rig.plugin()
+            port = (await attached(driver, imported)).port
+            assert (await state(driver, port)).speed == (SPEED_SUPER_PLUS if version >= (6, 12) else SPEED_SUPER)
 
     async def test_a_twin_is_recognised_by_its_serial_number_before_a_driver_binds(self, rig: KernelRig) -> None:
         driver = rig.plugin()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -163,6 +164,8 @@ class FakeSysfs:
         row.status = 6
         authorized = (self.hub_dir(row.number) / "authorized_default").read_text()
         add_device(row.device, descriptor.usb_id, int(bus), devnum, authorized, self.serials.get(row.devid))
+        classes = [interface.class_ for interface in descriptor.interfaces]
+        (row.device / "descriptors").write_bytes(raw_descriptors(descriptor.device_class, classes))
         self._uevent("add", row.device)
 
     def enumerate_anew(self, port: int, usb_id: UsbId) -> None:
@@ -210,6 +213,17 @@ def add_device(device: Path, usb_id: UsbId, bus: int, devnum: int, authorized: s
         files["serial"] = serial
     for name, text in files.items():
         (device / name).write_text(text + "\n")
+
+
+def raw_descriptors(device_class: int, interface_classes: Iterable[int]) -> bytes:
+    """Returns a device descriptor and a configuration with these interfaces, each with an endpoint."""
+    device = bytes([18, 1, 0, 2, device_class]).ljust(18, b"\0")
+    parts = [
+        bytes([9, 4, number, 0, 1, code, 0, 0, 0]) + bytes([7, 5, 0x81, 2, 0, 2, 0])
+        for number, code in enumerate(interface_classes)
+    ]
+    body = b"".join(parts)
+    return device + struct.pack("<BBHBBBBB", 9, 2, 9 + len(body), len(parts), 1, 0, 0x80, 50) + body
 
 
 def add_interface(device: Path, number: int, class_: int, subclass: int = 0) -> Path:

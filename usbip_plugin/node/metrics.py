@@ -39,6 +39,7 @@ ALLOCATE_FAILURES: Mapping[type[PluginError], str] = MappingProxyType(
         errors.PortsExhausted: "no_port",
         errors.AttachRefused: "attach_refused",
         errors.AttachStuck: "attach_stuck",
+        errors.HubRefused: "hub",
         errors.NodesMissing: "nodes_missing",
         errors.DetachFailed: "detach_failed",
         errors.RecordNotWritable: "record_not_writable",

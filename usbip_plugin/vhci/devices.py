@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from usbip_plugin.model import DeviceNode, UsbId
+from usbip_plugin.model import HUB_CLASS, DeviceNode, UsbId
 
 MAX_STRING = 126  # characters; a USB string descriptor cannot hold more
 _USB_ID = re.compile("[0-9a-fA-F]{4}")
@@ -50,6 +50,29 @@ def read_attributes(device: Path) -> DeviceAttributes | None:
         return None
     serial, manufacturer, model = (_string(device / name) for name in ("serial", "manufacturer", "product"))
     return DeviceAttributes(usb_id, devnum, authorized, serial, manufacturer, model)
+
+
+MAX_DESCRIPTORS = 9 << 16
+"""Bytes of a device's descriptors that are read: more than the kernel's 8 configurations of at most 65,535 bytes."""
+_CLASS_AT = {1: 4, 4: 5}  # by type of descriptor, device and interface (USB 2.0, 9.6): where its class is
+
+
+def is_hub(device: Path) -> bool:
+    """Returns whether the kernel would take this device for a hub: by its class, or that of any of its interfaces.
+
+    The hub driver looks at both (hub_id_table of drivers/usb/core/hub.c). The kernel has cut off what it could not
+    parse of the descriptors (usb_parse_configuration). Raises OSError if they cannot be read.
+    """
+    with (device / "descriptors").open("rb") as file:
+        raw = file.read(MAX_DESCRIPTORS)
+    at = 0
+    while at + 2 <= len(raw) and raw[at] >= 2:
+        part = raw[at : at + raw[at]]
+        class_at = _CLASS_AT.get(part[1], len(part))
+        if part[class_at : class_at + 1] == bytes([HUB_CLASS]):
+            return True
+        at += len(part)
+    return False
 
 
 def text(path: Path) -> str:

@@ -94,8 +94,9 @@ class VhciDriver(Protocol):
 
         A device that enumerates again during the wait is verified again. A wrong device is never authorised.
         Raises AttachStuck if the device is not there in time or the connection ends, WrongDevice if its vendor:product
-        is not descriptor.usb_id, and WrongSerial. Detaches the port before raising, which may take ABANDON_S more.
-        Raises DetachFailed if that detach fails. If cancelled, leaves the port as it is: the caller must detach it.
+        is not descriptor.usb_id, WrongSerial, and HubRefused. Detaches the port before raising, which may take
+        ABANDON_S more. Raises DetachFailed if that detach fails. If cancelled, leaves the port as it is: the caller
+        must detach it.
         """
 
     async def inspect(self, key: DeviceKey, port: int) -> Attachment | None:

@@ -20,6 +20,7 @@ from usbip_plugin.errors import (
     DetachFailed,
     DriverMissing,
     DriverNotWritable,
+    HubRefused,
     PortsExhausted,
     RecordNotWritable,
     VhciError,
@@ -29,12 +30,14 @@ from usbip_plugin.errors import (
 from usbip_plugin.model import Attachment, Descriptor, DeviceKey
 from usbip_plugin.sync import Broadcast
 from usbip_plugin.vhci.children import Children
-from usbip_plugin.vhci.devices import DeviceAttributes, DeviceNodes, read_attributes, read_nodes
+from usbip_plugin.vhci.devices import DeviceAttributes, DeviceNodes, is_hub, read_attributes, read_nodes
 from usbip_plugin.vhci.driver import ABANDON_S, ASKED_CHILD_WAIT_S, CHILD_WAIT_S, DriverReport, PortState
 from usbip_plugin.vhci.hubs import HubGuard
 from usbip_plugin.vhci.records import Record, Records
 from usbip_plugin.vhci.sysfs import (
     SAME_PORT,
+    SPEED_SUPER,
+    SPEED_SUPER_PLUS,
     Port,
     PortCooldown,
     PortStatus,
@@ -97,6 +100,7 @@ class SysfsVhci:
         self._uevent_received = asyncio.Event()
         self._occupants: dict[int, tuple[int, int]] = {}
         self._free: dict[int, PortState] = {}
+        self._fastest = SPEED_SUPER_PLUS  # the greatest speed that this kernel is known to take, or not to refuse
         self._recorded: Counter[int] = Counter()  # by port: how many records this process has written
 
     async def ports(self) -> tuple[PortState, ...]:
@@ -143,12 +147,17 @@ class SysfsVhci:
         return port
 
     async def _attach_to(self, port: Port, key: DeviceKey, descriptor: Descriptor, fd: int) -> bool:
-        """Attaches the device, or leaves nothing behind. Returns False if another process took the port first."""
+        """Attaches the device, or leaves nothing behind. Returns False if it is to be tried again.
+
+        That is if another process took the port first, or if this kernel refused the device's speed for the first time:
+        a SuperSpeedPlus device is attached as SuperSpeed from then on. Only the rate in its sysfs differs.
+        """
+        speed = min(descriptor.speed, self._fastest)
         # Use a duplicate: a cancelled caller may close its own descriptor at once, while the write is still going on.
         own = _duplicate(fd, _FD_BASE + int(self._clock.monotonic() * 1000) % _FD_SPAN)
         handed_over = done = False
         try:
-            text = format_attach(port.number, own, descriptor.devid, descriptor.speed)
+            text = format_attach(port.number, own, descriptor.devid, speed)
             self._write_record(port.number, Record(key, (descriptor.devid, own)))
             self._guard.hold(port)
             undo = functools.partial(self._undo_attach, port.number)
@@ -161,6 +170,10 @@ class SysfsVhci:
                 error.errno in (errno.EINVAL, errno.EAGAIN)
                 and self._table.one(port.number).status is not PortStatus.NULL
             ):
+                return False
+            if error.errno == errno.EINVAL and speed == SPEED_SUPER_PLUS:
+                self._fastest = SPEED_SUPER
+                log.info("kernel refuses SuperSpeedPlus, attaching as SuperSpeed", extra={"device": str(key)})
                 return False
             refused = AttachRefused(f"the kernel refused to attach {key} to port {port.number}: {error.strerror}")
             raise explain(error, self._attach_file, refused) from error
@@ -213,7 +226,7 @@ class SysfsVhci:
                     found = await self._children.wait(device, attributes, children, min(child_wait, left))
                     if found.nodes:  # otherwise the device has gone or enumerated again, and is verified again
                         return _attachment(key, port, device, attributes, found)
-        except (AttachStuck, WrongDevice, WrongSerial, DriverNotWritable):
+        except (AttachStuck, WrongDevice, WrongSerial, HubRefused, DriverNotWritable):
             await self.detach(port, timeout=ABANDON_S)
             raise
         except TimeoutError:
@@ -232,6 +245,8 @@ class SysfsVhci:
         if serial is not None and attributes.serial != serial:
             raise WrongSerial(key, serial, attributes.serial or "", descriptor.devid)
         try:
+            if is_hub(device):
+                raise HubRefused(key)
             # Write also if the device is authorised already: the write takes the device lock, so when it returns, the
             # kernel has probed the interfaces.
             await self._writer.write(device / "authorized", "1")

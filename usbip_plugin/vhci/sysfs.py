@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Final, Literal
 
 from usbip_plugin.clock import Clock
-from usbip_plugin.errors import DriverMissing, DriverNotWritable, VhciError
+from usbip_plugin.errors import DriverMissing, DriverNotWritable, KernelUnsupported, VhciError
 from usbip_plugin.sync import done_within
 
 Hub = Literal["hs", "ss"]
 
 NO_DEVICE = "0-0"  # local bus ID in the status row of a port without a device
 SPEED_SUPER = 5  # USB_SPEED_SUPER of enum usb_device_speed
+SPEED_SUPER_PLUS = 6  # USB_SPEED_SUPER_PLUS; vhci_hcd refuses it before Linux 6.12
 SPEEDS = range(1, 7)  # enum usb_device_speed, USB_SPEED_LOW to USB_SPEED_SUPER_PLUS
 MAX_PORTS = 4096  # ports of all controllers; the kernel's own limit is 128 controllers with 31 ports each
 _COLUMNS = 7
@@ -196,7 +197,7 @@ class PortTable:
         return known[1]
 
     def all(self) -> tuple[Port, ...]:
-        """Returns every port, sorted by number. Raises DriverMissing, and VhciError if a file is not valid."""
+        """Returns every port, sorted by number. Raises DriverMissing, and KernelUnsupported if a file is not valid."""
         try:
             first = self._controller(0)
             nports = parse_nports((self._base / "nports").read_text())
@@ -204,12 +205,15 @@ class PortTable:
             found = [port for n in range(len(status_files(nports, len(first)))) for port in self._controller(n)]
             return tuple(sorted(found, key=lambda port: port.number))
         except OSError as error:
+            older = self._base, self._base.with_suffix("")  # without a number before Linux 4.9
+            if error.errno == errno.ENOENT and any(path.exists() for path in older):
+                raise KernelUnsupported(os.uname().release, str(error)) from error
             raise DriverMissing(str(self._base)) from error
         except ValueError as error:
-            raise VhciError(str(error)) from error
+            raise KernelUnsupported(os.uname().release, str(error)) from error
 
     def one(self, number: int) -> Port:
-        """Returns one port. Raises DriverMissing, and VhciError if there is no such port or the file is not valid."""
+        """Returns one port. Raises what all() raises, and VhciError if there is no such port."""
         if not self._per_controller:
             self.all()
         controller = number // self._per_controller if self._per_controller else 0
@@ -221,7 +225,7 @@ class PortTable:
             if not self._base.exists():
                 raise DriverMissing(str(self._base)) from error
         except ValueError as error:
-            raise VhciError(str(error)) from error
+            raise KernelUnsupported(os.uname().release, str(error)) from error
         raise VhciError(f"vhci port {number} does not exist")
 
 
