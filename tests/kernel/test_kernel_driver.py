@@ -158,7 +158,6 @@ class TestDevices:
                 await attached(driver, imported)
             assert not [port for port in await driver.ports() if port.status is not PortStatus.NULL]
 
-    @pytest.mark.short
     async def test_a_device_of_10_gbit_is_attached_at_the_speed_that_the_kernel_takes(self, rig: KernelRig) -> None:
         """vhci_hcd takes USB_SPEED_SUPER_PLUS since Linux 6.12."""
         disk = VirtualDevice("9-1", UsbId(0x0781, 0x55AE), speed=SPEED_SUPER_PLUS)

@@ -83,11 +83,14 @@ def test_a_target_with_a_short_form_is_complete_in_the_nightly_list() -> None:
     assert shortened <= targets_in(whole)
 
 
-@pytest.mark.parametrize("target", ["test-kernel", "test-node", "test-kubelet", "e2e"])
-def test_the_nightly_list_has_all_parts_of_a_tier(target: str) -> None:
-    parts = [
-        match for command in units() if f"make {target} " in command for match in re.findall(r"(\d+)/(\d+)", command)
-    ]
+@pytest.mark.parametrize(
+    ("target", "kernel"),
+    [("test-kernel", ""), ("test-kernel", "KERNEL=6.1 "), ("test-node", ""), ("test-kubelet", ""), ("e2e", "")],
+)
+def test_the_nightly_list_has_all_parts_of_a_tier(target: str, kernel: str) -> None:
+    commands = [unit for unit in units() if f"make {target} " in unit and ("KERNEL=" in unit) == bool(kernel)]
+    assert all(f"{kernel}make {target} " in command for command in commands)
+    parts = [match for command in commands for match in re.findall(r"(\d+)/(\d+)", command)]
     count = int(parts[0][1])
     assert parts == [(str(number), str(count)) for number in range(1, count + 1)]
 

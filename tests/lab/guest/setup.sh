@@ -2,7 +2,8 @@
 # setup.sh: everything the guest needs, below ${XDG_CACHE_HOME:-~/.cache}/usbip-plugin/guest. Prints the image directory.
 #
 # Needs Debian on amd64 and, for missing packages, root. Does nothing when everything is there already.
-# KERNEL=linux-image-... chooses the kernel package; the default is the newest amd64 kernel that apt knows.
+# KERNEL=6.1 chooses the newest amd64 kernel of that version that apt knows, KERNEL=linux-image-... a package; the default
+# is the newest of all.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/usbip-plugin/guest
@@ -17,8 +18,9 @@ install_qemu() {
   apt-get install -yq --no-install-recommends qemu-system-x86 zstd >&2
 }
 
+# newest_kernel VERSION: of every version if it is empty
 newest_kernel() {
-  apt-cache search --names-only '^linux-image-[0-9][^ ]*-amd64$' | awk '{print $1}' |
+  apt-cache search --names-only "^linux-image-${1:+${1//./\\.}\\.}[0-9][^ ]*-amd64\$" | awk '{print $1}' |
     grep -Ev -- '-(rt|cloud|unsigned|dbg)' | sort -V | tail -1
 }
 
@@ -33,9 +35,10 @@ fetch() {
 
 mkdir -p "$cache/debs"
 install_qemu
-kernel=${KERNEL:-$(newest_kernel)}
-[ -n "$kernel" ] || { apt-get update -q >&2; updated=1; kernel=$(newest_kernel); }
-[ -n "$kernel" ] || { say "apt knows no linux-image-*-amd64; set KERNEL"; exit 1; }
+version=${KERNEL:-}
+case $version in linux-image-*) kernel=$version ;; *) kernel=$(newest_kernel "$version") ;; esac
+[ -n "$kernel" ] || { apt-get update -q >&2; updated=1; kernel=$(newest_kernel "$version"); }
+[ -n "$kernel" ] || { say "apt knows no linux-image-$version*-amd64; set KERNEL"; exit 1; }
 for package in "$kernel" "${tools[@]}"; do fetch "$package"; done
 
 if [ "$(cat "$cache/tools/.done" 2>/dev/null)" != "${tools[*]}" ]; then
