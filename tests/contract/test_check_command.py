@@ -56,7 +56,9 @@ async def test_a_good_node_passes_every_check_and_nothing_is_written(here: Node,
     assert here.server.table.granted == 0
     rights = {"create selfsubjectaccessreviews", "create leases", "list leases"}
     assert {request.right for request in here.api.requests} == rights
-    assert {request.params.get("dryRun") for request in here.api.requests if request.right == "create leases"} == {"All"}
+    assert {request.params.get("dryRun") for request in here.api.requests if request.right == "create leases"} == {
+        "All"
+    }
     assert {request.namespace for request in here.api.requests if request.resource == "leases"} == {NAMESPACE}
 
 
