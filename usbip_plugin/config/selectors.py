@@ -15,10 +15,11 @@ from usbip_plugin.config.schema import (
     MAX_SELECTOR_VALUES,
     DeviceSelector,
     Extra,
+    ResourceConfig,
     Selector,
     several,
 )
-from usbip_plugin.model import DEFAULT_USBIP_PORT, UNKNOWN_IDENTITY, Descriptor, Identity, ServerKey, UsbId
+from usbip_plugin.model import DEFAULT_USBIP_PORT, UNKNOWN_IDENTITY, Descriptor, DeviceKey, Identity, ServerKey, UsbId
 
 _GLOB_CHARACTERS = frozenset("*?[")
 
@@ -61,6 +62,24 @@ def matches(selector: Selector, descriptor: Descriptor, identity: Identity = UNK
         if selector.class_ not in {interface.class_ for interface in interfaces}:
             return Match.NO
     return Match.YES if known else Match.NEEDS_PROBE
+
+
+def selector_for(
+    resource: ResourceConfig, key: DeviceKey, descriptor: Descriptor, identity: Identity
+) -> DeviceSelector | None:
+    """Returns the first selector of the resource that matches this device, or None."""
+    for entry in resource.devices:
+        if entry.target == key.server and matches(entry.selector, descriptor, identity) is Match.YES:
+            return entry
+    return None
+
+
+def may_select(resource: ResourceConfig, key: DeviceKey, descriptor: Descriptor, identity: Identity) -> bool:
+    """Returns whether a selector of the resource matches this device, or may match once its identity is known."""
+    return any(
+        entry.target == key.server and matches(entry.selector, descriptor, identity) is not Match.NO
+        for entry in resource.devices
+    )
 
 
 def may_overlap(one: Selector, other: Selector) -> bool:

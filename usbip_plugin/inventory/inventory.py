@@ -17,7 +17,7 @@ from usbip_plugin.inventory.conditions import Conditions
 from usbip_plugin.inventory.evaluate import Evaluation, Lists, OverlapWarnings, advertise, evaluate_part, restrict
 from usbip_plugin.inventory.failures import FailureTracker
 from usbip_plugin.inventory.handover import HandoverTracker, ProbeLimiter, ReplacedDevices
-from usbip_plugin.inventory.members import held_as, update_offered
+from usbip_plugin.inventory.members import FORGET_AFTER, held_as, update_absent, update_offered
 from usbip_plugin.inventory.snapshot import OfferedDevice, OfferedDevices, PortSummary, Snapshot
 from usbip_plugin.inventory.turns import Turns
 from usbip_plugin.kube.fleet import Fleet
@@ -27,6 +27,9 @@ from usbip_plugin.model import DeviceKey, Health
 from usbip_plugin.sync import start_task
 from usbip_plugin.usbip.poller import ServerPoller, ServerView
 from usbip_plugin.vhci.driver import VhciDriver
+
+FORGET_INTERVAL = 3600.0
+"""Seconds between two evaluations, without any change, that find the devices to forget."""
 
 
 class Inventory:
@@ -58,6 +61,7 @@ class Inventory:
         """The devices that each resource advertises, by resource name without the domain, as last evaluated."""
         self._former: dict[str, ResourceConfig] = {}
         self._members: OfferedDevices = {}
+        self._absent: Mapping[str, float] = {}
         self._moved: set[str] = set()
         self._conditions = Conditions(context, driver=driver, locks=locks, on_change=self.invalidate)
         self._handovers = HandoverTracker(
@@ -139,6 +143,7 @@ class Inventory:
         locks = self._locks.locks
         if device_ids is not None:
             locks = {i: locks[i] for i in device_ids if i in locks}
+        now = self._clock.monotonic()
         return Snapshot(
             me=self._me.node,
             config=self.config,
@@ -151,9 +156,10 @@ class Inventory:
             api=self._conditions.api,
             released=self._handovers.released(device_ids),
             awaited=self._turns.awaited(device_ids),
-            probe_limited=self._probe_limiter.probe_limited(self._clock.monotonic()),
+            probe_limited=self._probe_limiter.probe_limited(now),
             replaced=self._replaced_devices.now(self._locks.locks),
             paused=self._failures.paused(self._poller.views, self._is_in_hand),
+            forgotten=frozenset(i for i, since in self._absent.items() if now - since >= FORGET_AFTER),
         )
 
     def allocate_ended(self, key: DeviceKey, error: PluginError | None, seconds: float) -> None:
@@ -212,7 +218,9 @@ class Inventory:
                 self._tasks = tasks
                 tasks.create_task(self._conditions.run(), name="ports and API server")
                 tasks.create_task(self._failures.run(), name="failed Allocates")
-                self.invalidate()
+                while True:
+                    self.invalidate()
+                    await self._clock.sleep(FORGET_INTERVAL)
         finally:
             self._tasks = None
             unsubscribe()
@@ -255,6 +263,7 @@ class Inventory:
         else:
             snapshot = self.snapshot()
             self._members = update_offered(self._members, snapshot)
+            self._absent = update_absent(self._absent, self._members, snapshot, self._clock.monotonic())
             lists = evaluated = advertise(self._members, snapshot)
         if self._former:
             kept = self._members.keys() - {resource.name for resource in self.config.resources}

@@ -1,7 +1,7 @@
 """Decides which devices a resource offers: those that a server lists or has listed, and those with a lock or claim.
 
 A device that vanishes becomes Unhealthy and is not dropped, because the kubelet would forget a running pod's device.
-A new configuration drops it, unless it has a claim on this node. MAX_VANISHED limits how many are kept.
+A new configuration drops it, unless it has a claim on this node. FORGET_AFTER and MAX_VANISHED limit what is kept.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from dataclasses import replace
 
 from usbip_plugin.claims import Claim
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig
-from usbip_plugin.config.selectors import Match, matches
+from usbip_plugin.config.selectors import may_select, selector_for
 from usbip_plugin.inventory.snapshot import OfferedDevice, OfferedDevices, Snapshot
 from usbip_plugin.model import UNKNOWN_IDENTITY, Descriptor, DeviceKey, Identity, ServerKey, UsbId
-from usbip_plugin.usbip.poller import ServerView
+from usbip_plugin.usbip.poller import ServerState, ServerView
 
 MAX_VANISHED = 256
 """Maximum number of devices of one server that a resource keeps without a listing, a lock or a claim.
@@ -25,20 +25,56 @@ The oldest are dropped first. Without the limit, a server that lists different d
 memory of the node and of the kubelet.
 """
 
+FORGET_AFTER = 24 * 3600.0
+"""Seconds for which a device stays offered that its server does not list and nobody holds.
+
+Some servers make the bus ID of bus and device number, so that each replug leaves another bus ID behind.
+"""
+
+
+def update_absent(
+    before: Mapping[str, float], offered: OfferedDevices, snapshot: Snapshot, now: float
+) -> dict[str, float]:
+    """Returns since when each device has been absent: not listed by its server, which answers, and held by nobody.
+
+    Devices that are not absent are left out. before: the result of the last call. now: seconds, monotonic.
+    """
+    keys = {device.key for devices in offered.values() for device in devices.values()}
+    keys.update(lock.key for lock in snapshot.locks.values() if lock.key is not None)
+    return {
+        key.id: before.get(key.id, now)
+        for key in keys
+        if (view := snapshot.servers.get(key.server)) is not None
+        and view.state is ServerState.REACHABLE
+        and key.busid not in view.by_busid
+        and not _held(snapshot, key.id)
+    }
+
+
+def _held(snapshot: Snapshot, device_id: str) -> bool:
+    lock = snapshot.locks.get(device_id)
+    return device_id in snapshot.claims or (lock is not None and lock.holder != "")
+
 
 def update_offered(before: OfferedDevices, snapshot: Snapshot) -> OfferedDevices:
     """Returns the devices that each resource offers now, given those that it offered before."""
     candidates = list(_candidates(snapshot))
+    forgotten = {i for i in snapshot.forgotten if not _held(snapshot, i)}
+    if forgotten:
+        forgotten -= {key.id for key, *_, listed in candidates if listed}
+        candidates = [candidate for candidate in candidates if candidate[0].id not in forgotten]
     present = {key.id for key, *_ in candidates}
     result: dict[str, dict[str, OfferedDevice]] = {}
     for resource in snapshot.config.resources:
         devices = result[resource.name] = _kept(resource, before.get(resource.name, {}), snapshot.claims)
+        for device_id in forgotten & devices.keys():
+            del devices[device_id]
         for key, descriptor, identity, listed in candidates:
-            selector = _selector_for(resource, key, descriptor, identity)
+            selector = selector_for(resource, key, descriptor, identity)
             if selector is None:
                 continue
             known = devices.get(key.id)
-            if listed or known is None:
+            if listed or known is None or (known.usb_id != descriptor.usb_id and _held(snapshot, key.id)):
                 shown = descriptor if listed else None
                 devices[key.id] = OfferedDevice(key, descriptor.usb_id, selector, shown, identity)
             elif identity.serial is not None:
@@ -100,12 +136,12 @@ def _kept(
     """Returns the devices that a selector of the resource still matches, or that are held as this resource."""
     kept = {}
     for device_id, offered in before.items():
-        selector = _selector_for(resource, offered.key, _descriptor_of(offered), offered.identity)
+        selector = selector_for(resource, offered.key, _descriptor_of(offered), offered.identity)
         if selector is not None:
             same = selector is offered.selector and offered.configured
             kept[device_id] = offered if same else replace(offered, selector=selector, configured=True)
         elif held_as(claims, device_id, resource.name):
-            kept[device_id] = replace(offered, configured=_may_match(resource, offered))
+            kept[device_id] = replace(offered, configured=_may_select(resource, offered))
     return kept
 
 
@@ -114,16 +150,11 @@ def _by_claim(config: Config, claim: Claim) -> OfferedDevice:
     bare = DeviceSelector(claim.key.server)
     selector = next((entry for entry in resource.devices if entry.target == claim.key.server), bare)
     offered = OfferedDevice(claim.key, claim.usb_id, selector, identity=Identity(serial=claim.serial))
-    return replace(offered, configured=_may_match(resource, offered))
+    return replace(offered, configured=_may_select(resource, offered))
 
 
-def _may_match(resource: ResourceConfig, offered: OfferedDevice) -> bool:
-    """Returns whether a selector of the resource matches the device, or may match it once its identity is known."""
-    return any(
-        entry.target == offered.key.server
-        and matches(entry.selector, _descriptor_of(offered), offered.identity) is not Match.NO
-        for entry in resource.devices
-    )
+def _may_select(resource: ResourceConfig, offered: OfferedDevice) -> bool:
+    return may_select(resource, offered.key, _descriptor_of(offered), offered.identity)
 
 
 def _descriptor_of(offered: OfferedDevice) -> Descriptor:
@@ -140,12 +171,3 @@ def _too_old(devices: dict[str, OfferedDevice], present: Collection[str]) -> lis
             if absent[offered.key.server] > MAX_VANISHED:
                 dropped.append(device_id)
     return dropped
-
-
-def _selector_for(
-    resource: ResourceConfig, key: DeviceKey, descriptor: Descriptor, identity: Identity
-) -> DeviceSelector | None:
-    for selector in resource.devices:
-        if selector.target == key.server and matches(selector.selector, descriptor, identity) is Match.YES:
-            return selector
-    return None

@@ -76,6 +76,7 @@ class Snapshot:
     probe_limited: devices that handover.ProbeLimiter keeps from being probed again for now.
     paused: devices that are not offered for a time because Allocates failed, with the cause, see inventory/failures.py.
     replaced: devices whose lock may have the identity of an earlier device, see handover.ReplacedDevices.
+    forgotten: devices that have been absent for members.FORGET_AFTER, unless they are listed or held again.
     """
 
     me: str
@@ -92,6 +93,7 @@ class Snapshot:
     probe_limited: frozenset[str] = frozenset()
     replaced: frozenset[str] = frozenset()
     paused: Mapping[str, str] = field(default_factory=dict)
+    forgotten: frozenset[str] = frozenset()
 
     def identity_of(self, device_id: str, descriptor: Descriptor) -> Identity:
         """Returns the identity on the lock of the device that its server lists with this descriptor.

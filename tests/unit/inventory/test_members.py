@@ -9,7 +9,7 @@ from tests.unit.inventory.snapshots import DEVID, KNOWN, claim, held, lock, snap
 from usbip_plugin.claims import Claim, ClaimState
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.inventory.evaluate import advertise
-from usbip_plugin.inventory.members import MAX_VANISHED, importable, update_offered
+from usbip_plugin.inventory.members import MAX_VANISHED, importable, update_absent, update_offered
 from usbip_plugin.inventory.snapshot import OfferedDevices
 from usbip_plugin.model import DeviceKey, Lock, Reason, ServerKey
 from usbip_plugin.usbip.poller import ServerState, ServerView
@@ -39,6 +39,41 @@ def test_a_device_in_use_stays_in_its_resource_while_its_server_lists_another_ki
     now = snapshot(servers={LAB: view(descriptor(usb_id=DONGLE))}, claims={KEY.id: swapped})
     (device,) = advertise(update_offered({}, now), now)["stick"]
     assert (device.id, device.health.reason) == (KEY.id, Reason.LOST)
+
+
+def test_a_device_in_use_is_offered_under_the_usb_id_that_it_has_there() -> None:
+    both = Config((ResourceConfig("stick", (DeviceSelector(LAB, Selector(usb_ids=(STICK, DONGLE))),)),))
+    claimed = snapshot(config=both, servers={LAB: view()}, claims={KEY.id: Claim(KEY, DONGLE, resource="stick")})
+    locked = replace(claimed, claims={}, locks={KEY.id: replace(lock("node-b"), usb_id=DONGLE)})
+    for now in (claimed, locked):
+        assert update_offered(KNOWN, now)["stick"][KEY.id].usb_id == DONGLE
+    free = replace(locked, locks={KEY.id: replace(lock(), usb_id=DONGLE)})
+    assert update_offered(KNOWN, free)["stick"][KEY.id].usb_id == STICK, "as it was listed last"
+
+
+def test_a_device_is_absent_while_its_server_answers_without_it_and_nobody_holds_it() -> None:
+    away = snapshot(servers={LAB: view()}, locks={KEY.id: lock()})
+    absent = update_absent({}, KNOWN, away, 5.0)
+    assert absent == {KEY.id: 5.0}
+    assert update_absent(absent, {}, away, 9.0) == {KEY.id: 5.0}, "by its lock"
+    for present in (
+        snapshot(),
+        snapshot(servers={LAB: view(state=ServerState.UNREACHABLE)}),
+        snapshot(servers={}),
+        snapshot(servers={LAB: view()}, **held("node-b")),
+        snapshot(servers={LAB: view()}, claims={KEY.id: Claim(KEY, STICK)}),
+    ):
+        assert update_absent(absent, KNOWN, present, 9.0) == {}
+
+
+def test_a_forgotten_device_is_not_offered_unless_it_is_listed_or_held() -> None:
+    def offered(**more: object) -> set[str]:
+        now = snapshot(servers={LAB: view()}, forgotten=frozenset({KEY.id}))
+        return set(update_offered(KNOWN, replace(now, **more))["stick"])  # type: ignore[arg-type]
+
+    assert offered() == offered(locks={KEY.id: lock()}) == set()
+    assert offered(servers={LAB: view(descriptor())}) == {KEY.id}
+    assert offered(**held("node-b")) == offered(claims={KEY.id: Claim(KEY, STICK, resource="stick")}) == {KEY.id}
 
 
 def others(poll: int, count: int = 256) -> ServerView:
