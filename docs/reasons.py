@@ -44,7 +44,7 @@ ALLOCATES: Mapping[str, str] = {
     "device_busy": "run `usbip port` on other machines; on the server, unbind and bind the device",
     "not_exported": "run `usbip bind -b BUSID` on the server",
     "import_refused": "as the error says; see the log of `usbipd`, and `dmesg` on the server",
-    "wrong_device": "select by vendor and product, or by serial number: the device was replugged",
+    "wrong_device": "put the device back; if it changes its USB ID by itself, select the new ID as well",
     "wrong_serial": "put the right device back, or correct the selector; no pod got it",
     "no_driver": "[load it][module], or update the kernel",
     "driver_not_writable": "see [AppArmor and SELinux][objects]; `check` tests it",

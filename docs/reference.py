@@ -175,6 +175,12 @@ def keys() -> tuple[Key, ...]:
             "acts on a pod whose device nodes have changed, see [reconnects](../howto/reconnects.md)",
         ),
         Key(
+            "resources.NAME.evictAfter",
+            _duration(schema.MIN_EVICT_AFTER_S, schema.MAX_EVICT_AFTER_S),
+            "never",
+            "evicts a pod whose lost device is not back by then; needs `onLoss: evict`",
+        ),
+        Key(
             "resources.NAME.cdi",
             "true or false",
             _default(ResourceConfig, "cdi"),

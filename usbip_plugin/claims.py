@@ -129,6 +129,7 @@ class Claim:
     allocated_at: when an Allocate asked for it last.
     pod: the pod that has it, None while unknown.
     missed_polls: polls of pod-resources in a row that did not list it; missing_since: when the first of them began.
+    usb_id: changes if the device comes back with another USB ID that its resource selects, too.
     serial: the serial number that the kernel has read or a selector names, None if unknown.
     moved_to: the server and bus ID where it is plugged in now, None if at `key`. Set before the lock of that bus ID is
         taken.

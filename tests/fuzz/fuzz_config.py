@@ -27,6 +27,7 @@ FULL = """resources:
       - target: {host: "[fd00::1]"}
         selector: {bus_id: ["1-*", "2-1"], serial: A1, class: "02", vendor: ["0951", "1050"], usb_ids: ["0951:1666"]}
     onLoss: evict
+    evictAfter: 2m
     cdi: true
     children: [tty, hidraw]
     childrenTimeout: 3s

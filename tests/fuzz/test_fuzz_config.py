@@ -214,6 +214,7 @@ RESOURCE = st.one_of(
     mapping(
         devices=DEVICES,
         onLoss=st.sampled_from(["keep", "restart", "evict"]),
+        evictAfter=st.sampled_from(["2m", 1, "25h"]),
         cdi=st.booleans(),
         children=st.lists(st.sampled_from(["tty", "block"]), max_size=2),
         containerPath=st.sampled_from(["/dev/{resource}", "/dev/{serial}/{x}", "{"]),

@@ -617,6 +617,7 @@ async def node(client: TcpUsbipClient) -> AsyncIterator[tuple[Pipeline, ClaimBoo
         locks=locks,
         specs=CdiSpecs(MemorySpecs("usbip.dev"), "usbip.dev", KnownResources()),
         tasks=tasks,
+        resources=KnownResources(),
         events=lambda _event: None,
         on_step=lambda _name, _seconds: None,
         on_flaw=lambda _server, _flaw: None,

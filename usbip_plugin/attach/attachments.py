@@ -68,6 +68,7 @@ class Attachments:
             locks=locks,
             specs=specs,
             tasks=tasks,
+            resources=resources,
             events=events,
             on_step=on_step,
             on_flaw=poller.note_flaw,

@@ -83,7 +83,7 @@ class EventKind(enum.Enum):
     )
     EVICTED = (
         (WARNING, "DevicePodEvicted", "Evict", Regarding.POD),
-        "With `onLoss: evict`, the pod was evicted because its device is back with other device nodes.",
+        "With `onLoss: evict`, the pod was evicted; the note says what happened to its device.",
         "Nothing: the pod's owner creates a new one.",
     )
     DENIED = (

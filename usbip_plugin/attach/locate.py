@@ -16,7 +16,7 @@ from usbip_plugin.claims import Claim, ClaimState, Resources
 from usbip_plugin.config.schema import Config, Selector
 from usbip_plugin.config.selectors import Match, matches
 from usbip_plugin.context import NodeContext
-from usbip_plugin.errors import ClaimBusy, PluginError, ServerUnreachable, UsbipError, WrongSerial
+from usbip_plugin.errors import ClaimBusy, PluginError, ServerUnreachable, UsbipError, WrongDevice, WrongSerial
 from usbip_plugin.locks.manager import LockManager
 from usbip_plugin.model import Descriptor, DeviceKey, Identity, ServerKey
 from usbip_plugin.sync import Broadcast
@@ -43,15 +43,15 @@ def possible_servers(config: Config, claims: Iterable[Claim]) -> frozenset[Serve
 def may_be_lost_device(config: Config, claim: Claim, key: DeviceKey, descriptor: Descriptor) -> bool:
     """Returns whether the configuration allows a listed device to be the lost one of this claim.
 
-    On the claim's own server, some resource must select it. On another server, the claim's resource must select it by
-    its serial number. Device classes are not compared: the server may not list them yet. False for a claim without a
-    serial number.
+    On the claim's own server, some resource must select it. On another server, or with another USB ID, the claim's
+    resource must select it by its serial number. Device classes are not compared: the server may not list them yet.
+    False for a claim without a serial number.
     """
     identity = Identity(serial=claim.serial)
 
     def follows(resource: str, selector: Selector) -> bool:
-        here = key.server == claim.key.server
-        return here or (claim.resource in (None, resource) and selector.serial == claim.serial)
+        like_before = key.server == claim.key.server and descriptor.usb_id == claim.usb_id
+        return like_before or (claim.resource in (None, resource) and selector.serial == claim.serial)
 
     return claim.serial is not None and any(
         device.target == key.server
@@ -82,7 +82,7 @@ class SerialReading:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A listed device with the USB ID of a lost one.
+    """A listed device that may be a lost one.
 
     serial: the serial number, None if it is not known.
     probed: whether `serial` is from a probe of this device ("" after a failed one). Otherwise it is from the lock.
@@ -234,6 +234,21 @@ class DeviceLocator:
                     self._tasks.spawn(self._probe(candidate), f"read serial number of {candidate.key}")
         return verdict
 
+    def listed(self, claim: Claim) -> Descriptor | None:
+        """Returns the device that is listed now at the claim's location, or None."""
+        return self._poller.view(claim.location.server).find(claim.location.busid)
+
+    def replaced(self, claim: Claim) -> WrongDevice | None:
+        """Returns WrongDevice if a device with another USB ID is at the claim's own bus ID, else None.
+
+        None also if the claim's device is not known to be, and after all probes cannot be, anywhere else: then it may
+        itself have another USB ID now. None also if the claim is to be attached from another location.
+        """
+        listed = self.listed(claim)
+        if listed is None or listed.usb_id == claim.usb_id or claim.moved_to is not None or self.find(claim) is None:
+            return None
+        return WrongDevice(claim.key, claim.usb_id, listed.usb_id)
+
     def serial_mismatch(self, claim: Claim) -> WrongSerial | None:
         """Returns WrongSerial if another device is known to be at the claim's own bus ID, else None.
 
@@ -291,8 +306,10 @@ class DeviceLocator:
                 continue
             for key, descriptor in {**self._hidden_by_probe(server), **view.exported}.items():
                 lock = self._locks.locks.get(key.id)
+                another = descriptor.usb_id != claim.usb_id
                 if (
-                    descriptor.usb_id != claim.usb_id
+                    # without this, the loss of one device would make this node probe all others of its server
+                    (another and (lock is None or lock.serial != claim.serial))
                     or key == claim.key
                     or self._tasks.book.in_use(key.id)
                     or (lock is not None and lock.holder not in ("", self._me.node))

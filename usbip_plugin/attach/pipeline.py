@@ -20,8 +20,10 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt,
 from usbip_plugin.attach.cdi import CdiSpecs
 from usbip_plugin.attach.events import EventSink, taken_over
 from usbip_plugin.attach.tasks import DeviceTasks
-from usbip_plugin.claims import Claim, ClaimEvent, ClaimState
+from usbip_plugin.claims import Claim, ClaimEvent, ClaimState, Resources
 from usbip_plugin.clock import Clock, Jitter
+from usbip_plugin.config.schema import ResourceConfig
+from usbip_plugin.config.selectors import may_select, selector_for
 from usbip_plugin.context import NodeContext
 from usbip_plugin.errors import (
     AttachStuck,
@@ -31,6 +33,7 @@ from usbip_plugin.errors import (
     LockLost,
     LockUnavailable,
     NodesMissing,
+    UsbipError,
     WrongDevice,
     WrongSerial,
 )
@@ -61,6 +64,17 @@ def own_port(location: DeviceKey, ports: Sequence[PortState], number: int | None
         if port.record == location and number in (None, port.number) and port.status is not PortStatus.NULL:
             return port
     return None
+
+
+def with_usb_id(claim: Claim, resource: ResourceConfig, descriptor: Descriptor) -> Claim | None:
+    """Returns the claim on a device that has another USB ID by now, or None if its resource does not select that.
+
+    A boot loader seldom has the serial number of the program, so only one that the selector names is expected then.
+    """
+    entry = selector_for(resource, claim.location, descriptor, Identity(serial=claim.serial))
+    if entry is None:
+        return None
+    return replace(claim, usb_id=descriptor.usb_id, serial=entry.selector.serial)
 
 
 BUSY_ATTEMPTS = 4
@@ -138,6 +152,7 @@ class Pipeline:
         locks: LockManager,
         specs: CdiSpecs,
         tasks: DeviceTasks,
+        resources: Resources,
         events: EventSink,
         on_step: Callable[[str, float], None],
         on_flaw: Callable[[ServerKey, ServerFlaw], None],
@@ -152,6 +167,7 @@ class Pipeline:
         self._specs = specs
         self._tasks = tasks
         self._book = tasks.book
+        self._resources = resources
         self._events = events
         self._on_step = on_step
         self._on_flaw = on_flaw
@@ -294,7 +310,7 @@ class Pipeline:
             imported = await self._import(claim, grant, deadline)
         try:
             if imported.descriptor.usb_id != claim.usb_id:
-                raise WrongDevice(key, claim.usb_id, imported.descriptor.usb_id)
+                self._accept_usb_id(self._book[device_id], imported.descriptor)
             if claim.state is ClaimState.IMPORTING:
                 self._book.move(self._book[device_id], ClaimEvent.IMPORTED)
             progress.doing = f"attaching {key} to vhci_hcd"
@@ -307,7 +323,7 @@ class Pipeline:
         self._book.put(replace(self._book[device_id], port=port, attachment=None))
         # the kernel enumerates meanwhile, which takes far longer
         for locked in dict.fromkeys((claim.key, key)):
-            self._tasks.note_port(locked, port)
+            self._tasks.note_port(locked, port, imported.descriptor.usb_id)
         nodes = f", with {', '.join(claim.children)} nodes" if claim.children else ""
         progress.doing = f"waiting for {key} to enumerate on vhci port {port}{nodes}"
         with self.span("device node", key) as step:
@@ -315,13 +331,40 @@ class Pipeline:
             timeout = first_try_timeout(left, claim.extra_timeout) if second_try else left
             attachment = await self._enumerate(device_id, imported.descriptor, port, timeout)
             step.set_attribute("usbip.nodes", [node.path for node in attachment.nodes])
-        self._record_serial(key, attachment.serial, imported.descriptor.devid)
+        self._record_serial(key, attachment, imported.descriptor.devid)
         return self._hand_out(device_id, attachment)
 
-    def _record_serial(self, key: DeviceKey, serial: str | None, devid: int) -> None:
+    def _accept_usb_id(self, claim: Claim, descriptor: Descriptor) -> None:
+        """Changes the claim's USB ID to that of the imported device, if the claim's resource selects this device.
+
+        Raises WrongDevice if it does not, and UsbipError if a re-attach must wait for the server's next list: that may
+        show the device itself at another bus ID, or the interfaces of this one.
+        """
+        resource, identity = self._resources.resource_of(claim), Identity(serial=claim.serial)
+        accepted = with_usb_id(claim, resource, descriptor)
+        undecided = accepted is None or claim.serial not in (None, accepted.serial)
+        if (
+            undecided
+            and claim.state is ClaimState.REATTACHING
+            and may_select(resource, claim.location, descriptor, identity)
+        ):
+            text = f"{claim.location.busid} has USB ID {descriptor.usb_id} now; waiting for the server's next list"
+            raise UsbipError(claim.location.server, text)
+        if accepted is None:
+            raise WrongDevice(claim.location, claim.usb_id, descriptor.usb_id)
+        self.change_usb_id(accepted)
+
+    def change_usb_id(self, claim: Claim) -> None:
+        """Replaces a claim by the result of with_usb_id() for it."""
+        extra = {"device": str(claim.key), "before": str(self._book[claim.id].usb_id), "now": str(claim.usb_id)}
+        log.info("USB ID of the device has changed", extra=extra)
+        self._book.put(claim)
+
+    def _record_serial(self, key: DeviceKey, attachment: Attachment, devid: int) -> None:
         """Starts writing the serial number that the kernel has read to the lock, if the lock lacks it."""
-        lock = self._locks.locks.get(key.id)
-        if lock is not None and serial is not None and (lock.serial, lock.read_from) != (serial, devid):
+        lock, serial = self._locks.locks.get(key.id), attachment.serial
+        known = lock and (lock.usb_id, lock.serial, lock.read_from)
+        if lock is not None and serial is not None and known != (attachment.usb_id, serial, devid):
             self._tasks.note_identity(key, Identity(devid, serial))
 
     def _hand_out(self, device_id: str, attachment: Attachment) -> Attachment:

@@ -12,7 +12,7 @@ from opentelemetry.trace import Span
 
 from usbip_plugin.attach.events import DeviceEvent, EventKind, EventSink, Reattach
 from usbip_plugin.attach.locate import Ambiguous, DeviceLocator, NeedsProbe
-from usbip_plugin.attach.pipeline import Pipeline
+from usbip_plugin.attach.pipeline import Pipeline, with_usb_id
 from usbip_plugin.attach.tasks import DeviceTasks
 from usbip_plugin.claims import Claim, ClaimEvent, ClaimState, Resources, place_of
 from usbip_plugin.clock import backoff
@@ -81,7 +81,11 @@ def after_reattach(
     if before is not None and before.nodes == after.nodes:
         return AfterReattach.GOES_ON
     if before is not None and children:
-        had, has = (tuple(node for node in one.nodes[1:] if wants(children, node)) for one in (before, after))
+        # a device with another USB ID has the same nodes under other by-id names
+        had, has = (
+            tuple(replace(node, interface=None, by_id="") for node in one.nodes[1:] if wants(children, node))
+            for one in (before, after)
+        )
         if had and had == has:
             return AfterReattach.CHILDREN_GO_ON
     if on_loss is OnLoss.EVICT and pod is not None and pod.uid is not None:
@@ -176,15 +180,29 @@ class Reattacher:
         claim = self._tasks.book[device_id]
         before = claim.allocated_as
         attributes = device_attributes(claim.key) | pod_attributes(claim.pod)
+        began, evicting = self._clock.monotonic(), False
         try:
             with span(self._tracer, "re-attach", attributes, context=remote_parent(claim.traceparent)) as whole:
                 tries = Tries(whole)
                 while await self._reattach_once(device_id, before, whole, tries, promising=wakeup.is_set()):
                     wakeup.clear()
+                    evicting = evicting or self._evict_if_away(device_id, self._clock.monotonic() - began)
                     await done_within(self._clock, next(waits), wakeup.wait())
         finally:
             if self._wakeups.get(device_id) is wakeup:
                 del self._wakeups[device_id]
+
+    def _evict_if_away(self, device_id: str, seconds: float) -> bool:
+        """Begins to evict the pod if its device has been lost for evictAfter. Returns whether it did.
+
+        seconds: since the loss, or since this process adopted the lost device.
+        """
+        claim = self._tasks.book.get(device_id)
+        limit = self._resources.resource_of(claim).evict_after if claim is not None else None
+        if claim is None or claim.pod is None or claim.pod.uid is None or limit is None or seconds < limit:
+            return False
+        self._evict(claim.pod, f"{claim.key} did not come back within {limit:g} s")
+        return True
 
     async def _reattach_once(
         self, device_id: str, before: Attachment | None, whole: Span, tries: Tries, *, promising: bool
@@ -235,9 +253,13 @@ class Reattacher:
         claim = self._tasks.book[device_id]
         if await self._pipeline.still_attached(device_id) is not None:
             return await self._attach_from_location(device_id, deadline)
-        cause: PluginError | None = self.locator.serial_mismatch(claim) or self.locator.server_error(claim)
+        cause: PluginError | None = (
+            self.locator.serial_mismatch(claim) or self.locator.server_error(claim) or self.locator.replaced(claim)
+        )
+        if cause is None:
+            self._accept_listed_usb_id(claim)
         found = self._locate(device_id, cause) if cause is not None else None
-        if cause is None or (found is None and not isinstance(cause, WrongSerial)):
+        if cause is None or (found is None and not isinstance(cause, WrongDevice | WrongSerial)):
             try:
                 return await self._attach_from_location(device_id, deadline)
             except DeviceBusy:
@@ -253,6 +275,14 @@ class Reattacher:
         # from here on a lock on that bus ID belongs to this claim, even if the task that acquires it fails
         self._tasks.book.put(replace(self._tasks.book[device_id], moved_to=found))
         return await self._attach_from_location(device_id, deadline)
+
+    def _accept_listed_usb_id(self, claim: Claim) -> None:
+        """Changes the claim's USB ID if its resource selects the device that is listed at the claim's location."""
+        listed = self.locator.listed(claim)
+        if listed is not None and listed.usb_id != claim.usb_id:
+            accepted = with_usb_id(claim, self._resources.resource_of(claim), listed)
+            if accepted is not None:
+                self._pipeline.change_usb_id(accepted)
 
     async def _attach_from_location(self, device_id: str, deadline: float) -> Attachment:
         claim = self._tasks.book[device_id]
@@ -312,7 +342,9 @@ class Reattacher:
         log.info("device re-attached", extra={"device": str(claim.key), "port": after.port, "same_nodes": same})
         changed = EventKind.RESTART_NEEDED if verdict is AfterReattach.RESTART else EventKind.NODES_CHANGED
         what = EventKind.REATTACHED if same else changed
-        self._events(DeviceEvent(what, claim.key, verdict.value, claim.pod))
+        first = before.usb_id if before is not None else claim.usb_id
+        other_id = f" (USB ID {after.usb_id}, was {first})" if after.usb_id != first else ""
+        self._events(DeviceEvent(what, claim.key, verdict.value + other_id, claim.pod))
         self._evict_if(verdict, claim)
         lock = self._locks.locks.get(claim.id)
         if claim.pod is not None and lock is not None and lock.pod is None:  # it was acquired again

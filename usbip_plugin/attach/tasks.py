@@ -11,7 +11,7 @@ from usbip_plugin.clock import backoff
 from usbip_plugin.context import NodeContext
 from usbip_plugin.errors import ClaimBusy, KubeError, LockError, LockLost
 from usbip_plugin.locks.manager import LockManager
-from usbip_plugin.model import DeviceKey, Identity, PodRef
+from usbip_plugin.model import DeviceKey, Identity, PodRef, UsbId
 from usbip_plugin.observe.spans import device_attributes, failed, pod_attributes, span
 from usbip_plugin.observe.tracing import remote_parent
 from usbip_plugin.sync import Broadcast, done_within, start_task
@@ -81,13 +81,13 @@ class DeviceTasks:
                 extra = {"device": str(key), "pod": str(pod), "cause": str(error)}
                 log.warning("pod not recorded on the lock", extra=extra)
 
-    def note_port(self, key: DeviceKey, port: int) -> None:
-        """Starts writing the number of the device's vhci port to its lock."""
-        self.spawn(self._write_port(key, port), f"note port {port}")
+    def note_port(self, key: DeviceKey, port: int, usb_id: UsbId) -> None:
+        """Starts writing the number of the device's vhci port, and its USB ID, to its lock."""
+        self.spawn(self._write_port(key, port, usb_id), f"note port {port}")
 
-    async def _write_port(self, key: DeviceKey, port: int) -> None:
+    async def _write_port(self, key: DeviceKey, port: int, usb_id: UsbId) -> None:
         try:
-            await self._locks.annotate(key, port=port)
+            await self._locks.annotate(key, port=port, usb_id=usb_id)
         except (LockError, KubeError) as error:
             # only people and adoption need it, and the port record has the same
             log.warning("port not recorded on the lock", extra={"device": str(key), "port": port, "cause": str(error)})

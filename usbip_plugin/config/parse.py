@@ -29,10 +29,12 @@ RESTART_NEEDS_CDI = (
     "its first start again"
 )
 
+EVICT_AFTER_NEEDS_EVICT = "needs onLoss: evict in the same resource, because otherwise no pod is evicted"
+
 _FLAGS = ("domain", "plugin-directory", "pod-resources-socket", "log-level", "listen")
 TOP_KEYS = ("resources", "lock", "allocateTimeout", "publishNodeStatus", *_FLAGS)
 _CONTAINER_KEYS = ("children", "childrenTimeout", "containerPath", "byId", "permissions", "readOnly")
-RESOURCE_KEYS = ("devices", *_CONTAINER_KEYS, "onLoss", "cdi")
+RESOURCE_KEYS = ("devices", *_CONTAINER_KEYS, "onLoss", "evictAfter", "cdi")
 PERMISSION_KEYS = ("mode", "user", "group")
 LOCK_KEYS = ("duration",)
 
@@ -152,6 +154,14 @@ def _resource(
         name=name,
         devices=tuple(device for device, _ in entries),
         on_loss=fields.read("onLoss", problems, scalars.choice, schema.OnLoss.KEEP, schema.OnLoss),
+        evict_after=fields.read(
+            "evictAfter",
+            problems,
+            scalars.seconds,
+            None,
+            least=schema.MIN_EVICT_AFTER_S,
+            most=schema.MAX_EVICT_AFTER_S,
+        ),
         cdi=fields.read("cdi", problems, scalars.boolean, False),
         children=fields.read("children", problems, _children, None),
         children_timeout=fields.read(
@@ -170,6 +180,8 @@ def _resource(
         problems.error(fields["permissions"], PERMISSIONS_NEED_CDI)
     if resource.on_loss is schema.OnLoss.RESTART and not resource.cdi:
         problems.error(fields["onLoss"], RESTART_NEEDS_CDI)
+    if "evictAfter" in fields and resource.on_loss is not schema.OnLoss.EVICT:
+        problems.error(fields["evictAfter"], EVICT_AFTER_NEEDS_EVICT)
     return entries, resource
 
 

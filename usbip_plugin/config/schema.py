@@ -115,6 +115,10 @@ DEFAULT_CHILDREN_TIMEOUT_S = 5.0
 """Seconds to wait for a node of the kinds in `children`."""
 MAX_CHILDREN_TIMEOUT_S = 60.0
 """Greatest value of childrenTimeout in seconds."""
+MIN_EVICT_AFTER_S = 1.0
+"""Least value of evictAfter in seconds."""
+MAX_EVICT_AFTER_S = 24 * 3600.0
+"""Greatest value of evictAfter in seconds."""
 MAX_SELECTOR_VALUES = 64
 """Values in the list of one key of a selector."""
 _SHOWN_VALUES = 4  # values of one key that the text of a selector shows; the rest are counted
@@ -129,7 +133,9 @@ def several(value: _T | tuple[_T, ...] | None) -> tuple[_T, ...]:
 
 
 class OnLoss(enum.Enum):
-    """The action for a pod whose device was re-attached with other device nodes or (EVICT only) has lost its lock.
+    """The action for a pod whose device was re-attached with other device nodes.
+
+    EVICT also acts when the device has lost its lock, or did not come back within evictAfter.
 
     KEEP: the pod stays as it is.
     RESTART: a warning Event asks for the end of the pod's container, so that the kubelet starts it again. Needs cdi.
@@ -217,6 +223,7 @@ class ResourceConfig:
 
     name: without the domain.
     devices: the first entry that matches a device determines its extras.
+    evict_after: seconds after which a pod whose lost device is not back is evicted, None for never. Needs OnLoss.EVICT.
     cdi: whether pods get the device nodes by CDI name.
     children: the kinds of device nodes that a pod gets besides the USB node: names of kernel subsystems, or "printer".
     A node of one of them must appear within children_timeout seconds. None gives the pod all nodes of the device.
@@ -229,6 +236,7 @@ class ResourceConfig:
     name: str
     devices: tuple[DeviceSelector, ...]
     on_loss: OnLoss = OnLoss.KEEP
+    evict_after: float | None = None
     cdi: bool = False
     children: tuple[str, ...] | None = None
     children_timeout: float = DEFAULT_CHILDREN_TIMEOUT_S

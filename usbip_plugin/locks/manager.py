@@ -21,7 +21,7 @@ from usbip_plugin.locks.record import Lease, LeaseStore
 from usbip_plugin.locks.session import ExpiryWatch, Session
 from usbip_plugin.locks.watch import ApiReachability, ApiState, LockCache, LockChange, LockWatcher, WatchedStore
 from usbip_plugin.locks.writer import AcknowledgedWrite, WriteAttempts, Writer
-from usbip_plugin.model import DeviceKey, Identity, Lock, NodeIdentity, PodRef
+from usbip_plugin.model import DeviceKey, Identity, Lock, NodeIdentity, PodRef, UsbId
 from usbip_plugin.observe.spans import device_attributes, span
 
 logger = logging.getLogger(__name__)
@@ -237,11 +237,17 @@ class LockManager:
             return self._grant(await self._amend(key, {}))
 
     async def annotate(
-        self, key: DeviceKey, *, port: int | None = None, pod: PodRef | None = None, identity: Identity | None = None
+        self,
+        key: DeviceKey,
+        *,
+        port: int | None = None,
+        pod: PodRef | None = None,
+        usb_id: UsbId | None = None,
+        identity: Identity | None = None,
     ) -> Lock:
         """Writes the given annotations onto the lock and returns the new record. Raises the errors of renew().
 
-        An identity replaces what was read from another device, which was attached before.
+        An identity, or another USB ID, replaces what was read from another device, which was attached before.
         """
         changes: dict[str, str | None] = {}
         if port is not None:
@@ -249,7 +255,7 @@ class LockManager:
         if pod is not None:
             changes[record.POD] = record.pod_text(pod)
         async with self._device_lock(key.id):
-            return record.lock_of((await self._amend(key, changes, identity)).lease)
+            return record.lock_of((await self._amend(key, changes, identity, usb_id)).lease)
 
     async def release(self, key: DeviceKey, *, failed: bool | None = None) -> None:
         """Clears the holder if it is this node. A lock of another boot is taken first, and so only as R3 allows.
@@ -276,11 +282,16 @@ class LockManager:
                 await self._writer.drive(key, decide)
 
     async def _amend(
-        self, key: DeviceKey, changes: Mapping[str, str | None], identity: Identity | None = None
+        self,
+        key: DeviceKey,
+        changes: Mapping[str, str | None],
+        identity: Identity | None = None,
+        usb_id: UsbId | None = None,
     ) -> AcknowledgedWrite:
         async def decide(lease: Lease | None, write: Write) -> Decision:
             known = lease.annotations if lease is not None else {}
-            return self.rules.decide_amend(lease, write, {**changes, **record.identity_annotations(known, identity)})
+            device = {**record.usb_id_annotations(known, usb_id), **record.identity_annotations(known, identity)}
+            return self.rules.decide_amend(lease, write, {**changes, **device})
 
         outcome = await self._writer.drive(key, decide)
         if isinstance(outcome, Denied):

@@ -331,11 +331,7 @@ def _stamped(lease: Lease, write: Write, changes: Mapping[str, str | None]) -> L
 
 def _meta_notes(lease: Lease, key: DeviceKey, meta: LockMeta) -> dict[str, str | None]:
     notes: dict[str, str | None] = {**record.device_annotations(key), record.IN_PLACE_OF: meta.in_place_of}
-    if meta.usb_id is not None:
-        notes[record.USB_ID] = meta.usb_id
-        if lease.annotations.get(record.USB_ID, meta.usb_id) != meta.usb_id:
-            # these annotations were read from another device under the same bus ID
-            notes.update(dict.fromkeys((record.SERIAL, record.INTERFACES, record.READ_FROM)))
+    notes.update(record.usb_id_annotations(lease.annotations, meta.usb_id))
     notes.update(record.identity_annotations(record.merged_annotations(lease.annotations, notes), meta.identity))
     if meta.traceparent is not None:
         notes[record.TRACEPARENT] = meta.traceparent

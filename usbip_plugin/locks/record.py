@@ -258,6 +258,14 @@ def identity_annotations(notes: Mapping[str, str], identity: Identity | None) ->
     return {**changes, READ_FROM: f"{identity.devid >> 16}:{identity.devid & 0xFFFF}"}
 
 
+def usb_id_annotations(notes: Mapping[str, str], usb_id: UsbId | str | None) -> dict[str, str | None]:
+    """Returns the annotation changes that record a USB ID. Removes an identity that was read under another one."""
+    if usb_id is None:
+        return {}
+    same = notes.get(USB_ID, str(usb_id)) == str(usb_id)
+    return {USB_ID: str(usb_id), **({} if same else dict.fromkeys((SERIAL, INTERFACES, READ_FROM)))}
+
+
 def device_annotations(key: DeviceKey) -> dict[str, str]:
     """Returns the annotations that identify the device of a lock."""
     return {SERVER: str(key.server), BUSID: key.busid}

@@ -25,7 +25,7 @@ from usbip_plugin.context import NodeContext
 from usbip_plugin.locks.manager import IMPORT_WINDOW_S, Grant, LockManager
 from usbip_plugin.locks.protocol import LockMeta, Rules
 from usbip_plugin.locks.watch import LockChange
-from usbip_plugin.model import Attachment, Descriptor, DeviceKey, Identity, Lock, ServerKey
+from usbip_plugin.model import Attachment, Descriptor, DeviceKey, Identity, Lock, ServerKey, UsbId
 from usbip_plugin.usbip.client import DeviceList, Imported
 from usbip_plugin.usbip.identify import DeviceIdentity
 from usbip_plugin.usbip.poller import ServerFlaw
@@ -201,7 +201,7 @@ class ScriptedTasks(DeviceTasks):
         self.identities: list[tuple[DeviceKey, Identity]] = []
         self._script = script
 
-    def note_port(self, key: DeviceKey, port: int) -> None:
+    def note_port(self, key: DeviceKey, port: int, usb_id: UsbId) -> None:
         self._script.steps.append(f"note port {port} of {key.busid}")
 
     def note_identity(self, key: DeviceKey, identity: Identity) -> None:
@@ -291,7 +291,8 @@ async def rig() -> AsyncIterator[Rig]:
     kernel = SimulatedKernel(clock, resolve=sockets.resolve)
     driver = ScriptedVhci(kernel, script)
     files = MemorySpecs("usbip.dev")
-    specs = CdiSpecs(files, "usbip.dev", KnownResources(ResourceConfig("stick", (), cdi=True)))
+    resources = KnownResources(ResourceConfig("stick", (), cdi=True))
+    specs = CdiSpecs(files, "usbip.dev", resources)
     context = NodeContext(ME, clock, random.Random(1), NoOpTracer())
     tasks = ScriptedTasks(context, cast("LockManager", locks), script)
     events: list[DeviceEvent] = []
@@ -303,6 +304,7 @@ async def rig() -> AsyncIterator[Rig]:
         locks=cast("LockManager", locks),
         specs=specs,
         tasks=tasks,
+        resources=resources,
         events=events.append,
         on_step=lambda _name, _seconds: None,
         on_flaw=lambda server, flaw: flaws.append((server, flaw)),

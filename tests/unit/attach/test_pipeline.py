@@ -32,7 +32,7 @@ from usbip_plugin.errors import (
     WrongSerial,
 )
 from usbip_plugin.locks.manager import IMPORT_WINDOW_S
-from usbip_plugin.model import DeviceKey, Identity
+from usbip_plugin.model import DeviceKey, Identity, UsbId
 from usbip_plugin.usbip.poller import ServerFlaw
 from usbip_plugin.vhci.driver import PortState
 from usbip_plugin.vhci.sysfs import PortStatus
@@ -394,25 +394,26 @@ async def test_a_serial_number_needs_another_write_unless_it_is_written_or_the_l
 
 
 @pytest.mark.parametrize(
-    ("serial", "on_lock", "noted"),
+    ("serial", "usb_id", "on_lock", "noted"),
     [
-        ("S1", (None, None), True),
-        ("S1", ("S1", DEVID), False),
-        ("S1", ("S1", DEVID + 1), True),
-        ("S1", ("S2", DEVID), True),
-        (None, ("S2", DEVID), False),
+        ("S1", STICK, (None, None), True),
+        ("S1", STICK, ("S1", DEVID), False),
+        ("S1", DONGLE, ("S1", DEVID), True),
+        ("S1", STICK, ("S1", DEVID + 1), True),
+        ("S1", STICK, ("S2", DEVID), True),
+        (None, STICK, ("S2", DEVID), False),
     ],
 )
 @on_rig
 async def test_a_serial_number_that_the_lock_does_not_have_from_this_device_is_noted(
-    r: Rig, serial: str | None, on_lock: tuple[str | None, int | None], noted: bool
+    r: Rig, serial: str | None, usb_id: UsbId, on_lock: tuple[str | None, int | None], noted: bool
 ) -> None:
     if serial is not None:
         r.kernel.serials[KEY] = serial
 
     async def known() -> None:
         lock = r.locks.locks[KEY.id]
-        r.locks.locks[KEY.id] = replace(lock, serial=on_lock[0], read_from=on_lock[1])
+        r.locks.locks[KEY.id] = replace(lock, usb_id=usb_id, serial=on_lock[0], read_from=on_lock[1])
 
     r.script.at(IMPORT, known)
     await r.attach()

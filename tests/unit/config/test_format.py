@@ -124,6 +124,17 @@ def test_on_loss_restart_needs_cdi() -> None:
             parse_config(text % without)
 
 
+def test_evict_after_needs_on_loss_evict() -> None:
+    text = "resources: {a: {devices: [{target: {host: h}}], evictAfter: %s}}"
+    (resource,) = parse_config(text % "2m, onLoss: evict").config.resources
+    assert (resource.on_loss, resource.evict_after) == (OnLoss.EVICT, 120.0)
+    for without in ("2m", "2m, onLoss: keep"):
+        with pytest.raises(ConfigError, match=r"resources\.a\.evictAfter.*needs onLoss: evict in the same resource"):
+            parse_config(text % without)
+    with pytest.raises(ConfigError, match=r"resources\.a\.evictAfter: 0 is out of range"):
+        parse_config(text % "0, onLoss: evict")
+
+
 def test_keys_that_the_go_program_does_not_have_are_read() -> None:
     parsed = parse_config("""
 resources:
