@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
-from tests.simulation.cluster_rig import dongle, stick
+from tests.simulation.cluster_rig import FLASHED, STICK, dongle, stick
 from tests.simulation.plan import Action
 from usbip_plugin.claims import ClaimState
 from usbip_plugin.config.schema import Config
@@ -149,6 +149,8 @@ class Chaos:
         """Time (loop seconds) at which somebody else last took the lock of a device from a node."""
         self.moved: dict[DeviceKey, DeviceKey] = {}
         """Present bus ids of the devices that were plugged in elsewhere."""
+        self.flashed: dict[DeviceKey, VirtualDevice] = {}
+        """Sticks that have another USB ID now, as they are listed with it."""
         self.ended_badly: list[str] = []
         self.failing_disks: set[str] = set()
         """Nodes on which a spec that could not be removed may stay until the next start."""
@@ -698,6 +700,24 @@ class Chaos:
         other = (dongle if first.usb_id == stick("x").usb_id else stick)(device.busid, "SWAPPED")
         return self.during(action, ("swapped", device), lambda: self._put(device, other), lambda: self._restore(device))
 
+    def do_change_usb_id(self, action: Action, _node: ClusterNode) -> bool:
+        """Gives a stick another USB ID under its bus id, with or without its serial number, and later its own again."""
+        device = self._device(action)
+        first = self._first(device)
+        if first.usb_id != STICK or any(self.active(what, device) for what in ("moved", "unbound", "swapped")):
+            return False
+        flashed = VirtualDevice(device.busid, FLASHED, first.serial if action.pick // 10 % 2 else "", configured=True)
+
+        def change() -> None:
+            self.flashed[device] = flashed
+            self._restore(device)
+
+        def back() -> None:
+            del self.flashed[device]
+            self._restore(device)
+
+        return self.during(action, ("flashed", device), change, back)
+
     def do_swap_twin(self, action: Action, _node: ClusterNode) -> bool:
         """Replaces the device that a resource selects by its serial number by another one of its kind."""
         device = DeviceKey(self.servers[-1].key, "1-1")
@@ -738,7 +758,7 @@ class Chaos:
 
     def _restore(self, device: DeviceKey) -> None:
         if not any(self.active(what, device) for what in ("moved", "unbound", "swapped")):
-            self._put(device, self._first(device))
+            self._put(device, self.flashed.get(device, self._first(device)))
 
     # the kubelet
 

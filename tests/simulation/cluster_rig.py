@@ -24,6 +24,8 @@ from usbip_sim.virtual.surroundings import ClusterSpec
 
 STICK = UsbId(0x0951, 0x1666)
 DONGLE = UsbId(0x1050, 0x0407)
+FLASHED = UsbId(0x0951, 0x16AA)
+"""USB ID of a stick after its firmware was loaded."""
 LOCKS = LockSettings(duration=40.0, import_window=10.0)
 SETTLE = 5.0
 """Virtual seconds in which everything happens that waits for no timeout."""

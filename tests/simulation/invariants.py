@@ -9,10 +9,11 @@ They are checked every 0.25 s of virtual time, or less often if nothing happens 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 from tests.simulation.chaos import Chaos
+from tests.simulation.cluster_rig import DONGLE, FLASHED, STICK
 from tests.simulation.lasting import LOOK_S, Lasting, Violation
 from tests.simulation.node_statuses import NodeStatuses
 from tests.simulation.plan import PROMISED, Settings
@@ -24,7 +25,7 @@ from usbip_plugin.inventory.turns import OFFERED_BY_ALL_S
 from usbip_plugin.kubelet.allocate import PRE_START_WAIT
 from usbip_plugin.locks import record
 from usbip_plugin.locks.record import Lease
-from usbip_plugin.model import DeviceKey, Lock, PodRef, Reason
+from usbip_plugin.model import DeviceKey, Lock, PodRef, Reason, UsbId
 from usbip_sim.kubelet.specs import UnresolvableDevice, resolve
 from usbip_sim.leases import WATCH_IDLE_S
 from usbip_sim.virtual.cluster import Cluster
@@ -51,6 +52,8 @@ TURN_S = OFFERED_BY_ALL_S + 1.0
 """Limit of a device that a node leaves to others since its release."""
 MAX_FAILURES = 7
 """Limit of failed Allocates of one node for one device while no fault begins or ends and nobody gets the device."""
+SELECTED: Mapping[str, tuple[UsbId, ...]] = {"stick": (STICK, FLASHED), "dongle": (DONGLE,), "any": (STICK,)}
+"""The USB IDs that resources select."""
 ROBBED_S = 20.0
 """Limit of an attachment or an import of a node whose lock was taken away."""
 
@@ -266,10 +269,13 @@ class Watch:
         )
 
     def _as_claimed(self, node: ClusterNode, key: DeviceKey) -> bool:
-        """Returns whether the device plugged in is the one that the pod got."""
+        """Returns whether the device plugged in is the one that the pod got, or its resource selects its new USB ID."""
         claim = node.agent.claims.view.get(key.id) if node.agent is not None else None
         device, _ = self.cluster.servers[key.server].table.device(key.busid)
-        return claim is None or (claim.usb_id == device.usb_id and claim.serial in (None, device.serial))
+        if claim is None or claim.usb_id == device.usb_id:
+            return claim is None or claim.serial in (None, device.serial)
+        selected = device.usb_id in SELECTED.get(claim.resource or "", ())
+        return selected and not self.chaos.active("reload")
 
     def _followable(self, node: ClusterNode, key: DeviceKey, place: DeviceKey | None) -> bool:
         """Returns whether a device is plugged in elsewhere, and the node may attach it there."""
@@ -364,6 +370,7 @@ class Watch:
                     both = f"{entry.pod} and {pods[device_id]}"
                     raise Violation("a device is one pod's", f"{node.name}: {self._keys.get(device_id)} of {both}")
                 self._serial_number(node, entry.resource, device_id)
+                self._usb_id(node, device_id)
                 listed = quiet and node.kubelet.connected(entry.resource)
                 forgotten = listed and device_id not in known
                 what = f"{node.name}: {self._keys.get(device_id)} of {entry.pod}"
@@ -407,6 +414,15 @@ class Watch:
         serial = claim.attachment.serial if claim.attachment is not None else None
         if serial != PROMISED:
             raise Violation("a promised device is that one", f"{node.name}: {claim.key} is {serial}, not {PROMISED}")
+
+    def _usb_id(self, node: ClusterNode, device_id: str) -> None:
+        """Checks that an attached device has a USB ID that its resource selects."""
+        claim = node.agent.claims.view.get(device_id) if node.agent is not None else None
+        if claim is None or claim.state is not ClaimState.ATTACHED or claim.attachment is None:
+            return
+        usb_id, selected = claim.attachment.usb_id, SELECTED.get(claim.resource or "")
+        if selected is not None and usb_id not in selected:
+            raise Violation("a pod's device is one that it selected", f"{node.name}: {claim.key} is {usb_id}")
 
     def _check_lost_locks(self, now: float) -> None:
         """Checks that a node whose lock was taken away detaches the device. Until then it may import without a lock."""

@@ -20,6 +20,7 @@ from tests.simulation.node_statuses import KNOWN, SAID
 from tests.simulation.plan import Plan
 from tests.simulation.play import Wrong, patched
 from tests.simulation.shapes import B, act, shape, wait
+from usbip_plugin.attach import pipeline, reattach
 from usbip_plugin.attach.monitor import AttachmentMonitor
 from usbip_plugin.attach.pipeline import Pipeline
 from usbip_plugin.attach.release import Releaser
@@ -49,6 +50,7 @@ ANOTHER = "a promised device is that one"
 NOT_ATTACHED = "attached is true"
 NOT_WORKING = "agents work"
 PAUSED = "a device that fails Allocates is paused"
+SELECTED = "a pod's device is one that it selected"
 OFFERED = "nothing is offered without the API server"
 
 # Replacements are named after what they do wrong. These are the replaced functions that some of them call.
@@ -179,6 +181,14 @@ def no_pauses(*_arguments: object) -> dict[str, str]:
     return {}
 
 
+def never_another(*_arguments: object) -> None:
+    """Refuses each USB ID that a claim does not have yet."""
+
+
+def any_usb_id_will_do(claim: Claim, _resource: object, descriptor: Descriptor) -> Claim:
+    return replace(claim, usb_id=descriptor.usb_id, serial=None)
+
+
 async def answered_at_once(*_arguments: object) -> None:
     """Replaces a wait by nothing."""
 
@@ -272,6 +282,10 @@ SWAPPED = shape(
     serials=True,
 )
 """The device is replaced by another stick before any server is polled."""
+FLASHED_IN_USE = shape(act(0, "admit"), act(4, "change_usb_id", lasts=90), wait(100))
+"""The stick of A's pod gets another USB ID that its resource selects as well."""
+REPLACED = shape(act(0, "admit"), act(4, "swap", lasts=90), wait(100))
+"""The stick of A's pod is replaced by a dongle."""
 TAKEN_OUT = shape(*(act(at, "reload", lasts=5) for at in (0, 12, 25)), wait(30))
 REFUSED = shape(act(0, "refused_import", lasts=60), *(act(1 + 2 * n, "race") for n in range(12)), wait(60))
 """The server lists a device and refuses each import, for a minute in which pods come one after the other."""
@@ -391,6 +405,14 @@ OTHERS = (
         (REFUSED, MUTE),
         patched(FailureTracker, "paused", no_pauses),
     ),
+    Mutant(
+        "USB ID",
+        "never another one",
+        NOT_BACK,
+        (FLASHED_IN_USE,),
+        patched(pipeline, "with_usb_id", never_another, (reattach, "with_usb_id", never_another)),
+    ),
+    Mutant("USB ID", "any will do", SELECTED, (REPLACED,), patched(pipeline, "with_usb_id", any_usb_id_will_do)),
     Mutant("Node status", "nothing is written", SAID, (END,), patched(NodeStatusPublisher, "publish", ignore)),
     Mutant(
         "Node status",

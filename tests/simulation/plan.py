@@ -128,6 +128,7 @@ EVERYWHERE = {
     "node_forbidden": 45,
     "enumerate_anew": 15,
     "lock_deleted": 15,
+    "change_usb_id": 15,
 }
 """Kinds for all plans: one more action in so many. Half of those of AT_STEP come together with an Allocate."""
 
@@ -166,6 +167,7 @@ AT_STEP = (
     "lock_taken",
     "enumerate_anew",
     "lock_deleted",
+    "change_usb_id",
 )
 """Kinds that may happen at a step of an agent; half of them come together with an Allocate."""
 SILENCES = ("freeze_agent", "freeze_node", "power_loss", "api_silent", "api_mute", "isolate")

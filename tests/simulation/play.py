@@ -19,7 +19,7 @@ from typing import ParamSpec
 from unittest import mock
 
 from tests.simulation.chaos import Chaos
-from tests.simulation.cluster_rig import DONGLE, Cluster, cluster, dongle, resource, stick
+from tests.simulation.cluster_rig import DONGLE, FLASHED, STICK, Cluster, cluster, dongle, resource, stick
 from tests.simulation.counting import CountedRules, observer
 from tests.simulation.invariants import Watch, served
 from tests.simulation.lasting import Violation
@@ -276,7 +276,8 @@ class _Play:
 
 
 def _config(servers: list[VirtualServer], settings: Settings) -> Config:
-    resources = [resource("stick", servers)]
+    both = Selector(usb_ids=(STICK, FLASHED))
+    resources = [ResourceConfig("stick", tuple(DeviceSelector(server.key, both) for server in servers))]
     last = servers[-1]
     if any(dongles for _, dongles in settings.devices):
         resources.append(resource("dongle", servers, DONGLE))
