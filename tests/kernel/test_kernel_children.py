@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernel.gadget import CLIENT_DRIVERS, LINUX_GADGET, gadget
+from tests.kernel.gadget import CLIENT_DRIVERS, LINUX_GADGET, Gadget, gadget
 from tests.kernel.kernel_rig import DISK, KernelRig
 from tests.rigs.agent_rig import (
     PATIENCE_S,
@@ -32,6 +32,7 @@ from tests.rigs.agent_rig import (
     on,
     refusal,
     until_health,
+    until_lease,
     until_pod_noted,
     until_reason,
     until_released,
@@ -39,6 +40,7 @@ from tests.rigs.agent_rig import (
 from tests.rigs.usbipd import RealUsbipd, eventually
 from usbip_plugin.attach.events import EventKind
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
+from usbip_plugin.locks.record import lock_of
 from usbip_plugin.model import DeviceKey, Reason, UsbId
 
 GADGET = "gadget"
@@ -213,28 +215,65 @@ async def test_without_children_an_allocate_answers_at_once_and_the_late_node_is
         assert tty in spec.read_text()
 
 
-async def test_a_device_that_switches_to_another_mode_is_not_re_attached(rig: KernelRig) -> None:
+def switch(usbipd: RealUsbipd, device: Gadget, usb_id: UsbId) -> None:
+    """Plugs an unplugged gadget in under another USB ID, and exports it again."""
+    device.write("idProduct", f"0x{usb_id.product:04x}")
+    device.plug()
+    usbipd.bind(usbipd.busid("MODEM"))
+
+
+async def test_a_device_that_switches_to_another_mode_is_re_attached_if_its_resource_selects_both(
+    rig: KernelRig,
+) -> None:
+    usbipd, events = rig.usbipd, ReportedEvents()
+    with gadget(usbipd, "MODEM", "acm") as device:
+        device.plug()
+        config, key = select(usbipd, "MODEM")  # by its bus id alone
+        async with agent_with(config, key, events=events) as world:
+            node = on(world)
+            await node.admit(POD, {GADGET: 1})
+            await until_pod_noted(world.backend, key)
+            assert attachment_of(node, key).usb_id == LINUX_GADGET
+            device.unplug()
+            await until_reason(node, key, Reason.LOST)
+            switch(usbipd, device, OTHER_MODE)
+            await until_reason(node, key, Reason.ATTACHED)
+            assert attachment_of(node, key).usb_id == OTHER_MODE
+            text = await events.until(EventKind.NODES_CHANGED)
+            assert f"USB ID {OTHER_MODE}, was {LINUX_GADGET}" in text
+            await until_lease(
+                world.backend, key, lambda lease: lease is not None and lock_of(lease).usb_id == OTHER_MODE
+            )
+            rows = busy_rows()
+            await node.stop()
+            node.start()
+            await until_health(node, {key.id: True})
+            assert busy_rows() == rows, "the next process adopts it"
+            assert attachment_of(node, key).usb_id == OTHER_MODE
+            await end(world, POD, key)
+            assert busy_rows() == ()
+
+
+async def test_a_device_that_switches_to_a_mode_that_is_not_selected_is_not_re_attached(rig: KernelRig) -> None:
     usbipd, events = rig.usbipd, ReportedEvents()
     with gadget(usbipd, "MODEM", "acm") as device:
         device.plug()
         config, key = select(usbipd, "MODEM")
+        only = DeviceSelector(usbipd.key, Selector(usb_ids=(LINUX_GADGET,), bus_id=key.busid))
+        config = Config((replace(config.resources[0], devices=(only,)),))
         async with agent_with(config, key, events=events) as world:
             node = on(world)
             await node.admit(POD, {GADGET: 1})
             await until_pod_noted(world.backend, key)
             device.unplug()
             await until_reason(node, key, Reason.LOST)
-            device.write("idProduct", f"0x{OTHER_MODE.product:04x}")
-            device.plug()
-            usbipd.bind(usbipd.busid("MODEM"))
+            switch(usbipd, device, OTHER_MODE)
             text = await events.until(EventKind.NOT_REATTACHED)
             assert str(LINUX_GADGET) in text
             assert str(OTHER_MODE) in text
             assert busy_rows() == ()
             assert not advertised(node, key).health.healthy
             device.unplug()
-            device.write("idProduct", f"0x{LINUX_GADGET.product:04x}")
-            device.plug()
-            usbipd.bind(usbipd.busid("MODEM"))
+            switch(usbipd, device, LINUX_GADGET)
             await until_health(node, {key.id: True})
             await end(world, POD, key)
