@@ -238,6 +238,10 @@ class DeviceLocator:
         """Returns the device that is listed now at the claim's location, or None."""
         return self._poller.view(claim.location.server).find(claim.location.busid)
 
+    def may_answer(self, server: ServerKey) -> bool:
+        """Returns whether a list of this server can be expected: its last poll did not fail."""
+        return self._poller.view(server).state is not ServerState.UNREACHABLE
+
     def replaced(self, claim: Claim) -> WrongDevice | None:
         """Returns WrongDevice if a device with another USB ID is at the claim's own bus ID, else None.
 

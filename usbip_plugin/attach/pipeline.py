@@ -215,7 +215,7 @@ class Pipeline:
             await self._tasks.record_identity(claim.key, Identity(wrong.devid, wrong.found))
             raise
 
-    async def reattach(self, device_id: str, deadline: float) -> Attachment:
+    async def reattach(self, device_id: str, deadline: float, *, wait_for_list: bool = False) -> Attachment:
         """Makes one try to take a claim from Reattaching to Attached, under a new write of its lock (R1).
 
         Attaches the device from the claim's location, and writes the lock of that location too. If the device is still
@@ -224,6 +224,7 @@ class Pipeline:
         holds the lock of the location.
 
         deadline: bounds import and enumeration, in seconds on the monotonic clock.
+        wait_for_list: whether a device with another USB ID, which may be another device, must first be listed so.
         """
         if (now := await self.still_attached(device_id)) is not None:
             return await self._keep(device_id, now)
@@ -233,7 +234,7 @@ class Pipeline:
         if claim.moved_to is not None:
             second = await self._write_location(claim, claim.moved_to)
             grant = replace(second, import_deadline=min(grant.import_deadline, second.import_deadline))
-        return await self._attach(device_id, grant, deadline, Progress(""))
+        return await self._attach(device_id, grant, deadline, Progress(""), wait_for_list=wait_for_list)
 
     async def still_attached(self, device_id: str) -> Attachment | None:
         """Returns the attachment of a claim as it is now, or None if the device is not attached any more.
@@ -298,7 +299,14 @@ class Pipeline:
             raise LockLost(str(claim.key), held.holder) from held
 
     async def _attach(
-        self, device_id: str, grant: Grant, deadline: float, progress: Progress, *, second_try: bool = False
+        self,
+        device_id: str,
+        grant: Grant,
+        deadline: float,
+        progress: Progress,
+        *,
+        second_try: bool = False,
+        wait_for_list: bool = False,
     ) -> Attachment:
         """second_try: whether a second try follows an AttachStuck, for which this one leaves time."""
         claim = self._book[device_id]
@@ -310,7 +318,7 @@ class Pipeline:
             imported = await self._import(claim, grant, deadline)
         try:
             if imported.descriptor.usb_id != claim.usb_id:
-                self._accept_usb_id(self._book[device_id], imported.descriptor)
+                self._accept_usb_id(self._book[device_id], imported.descriptor, wait_for_list=wait_for_list)
             if claim.state is ClaimState.IMPORTING:
                 self._book.move(self._book[device_id], ClaimEvent.IMPORTED)
             progress.doing = f"attaching {key} to vhci_hcd"
@@ -334,20 +342,16 @@ class Pipeline:
         self._record_serial(key, attachment, imported.descriptor.devid)
         return self._hand_out(device_id, attachment)
 
-    def _accept_usb_id(self, claim: Claim, descriptor: Descriptor) -> None:
+    def _accept_usb_id(self, claim: Claim, descriptor: Descriptor, *, wait_for_list: bool) -> None:
         """Changes the claim's USB ID to that of the imported device, if the claim's resource selects this device.
 
-        Raises WrongDevice if it does not, and UsbipError if a re-attach must wait for the server's next list: that may
-        show the device itself at another bus ID, or the interfaces of this one.
+        Raises WrongDevice if it does not, and with wait_for_list UsbipError if the server's next list may show the
+        device itself at another bus ID, or the interfaces of this one.
         """
         resource, identity = self._resources.resource_of(claim), Identity(serial=claim.serial)
         accepted = with_usb_id(claim, resource, descriptor)
         undecided = accepted is None or claim.serial not in (None, accepted.serial)
-        if (
-            undecided
-            and claim.state is ClaimState.REATTACHING
-            and may_select(resource, claim.location, descriptor, identity)
-        ):
+        if wait_for_list and undecided and may_select(resource, claim.location, descriptor, identity):
             text = f"{claim.location.busid} has USB ID {descriptor.usb_id} now; waiting for the server's next list"
             raise UsbipError(claim.location.server, text)
         if accepted is None:

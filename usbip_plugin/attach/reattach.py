@@ -283,12 +283,15 @@ class Reattacher:
             accepted = with_usb_id(claim, self._resources.resource_of(claim), listed)
             if accepted is not None:
                 self._pipeline.change_usb_id(accepted)
+            else:
+                self._set_obstacle(claim.id, str(WrongDevice(claim.location, claim.usb_id, listed.usb_id)))
 
     async def _attach_from_location(self, device_id: str, deadline: float) -> Attachment:
         claim = self._tasks.book[device_id]
         location = claim.location
         try:
-            return await self._pipeline.reattach(device_id, deadline)
+            answers = self.locator.may_answer(location.server)
+            return await self._pipeline.reattach(device_id, deadline, wait_for_list=answers)
         except DeviceBusy:
             raise
         except (ServerUnreachable, ServerTimeout) as error:

@@ -39,15 +39,15 @@ def update_absent(
 
     Devices that are not absent are left out. before: the result of the last call. now: seconds, monotonic.
     """
-    keys = {device.key for devices in offered.values() for device in devices.values()}
-    keys.update(lock.key for lock in snapshot.locks.values() if lock.key is not None)
+    keys = {i: device.key for devices in offered.values() for i, device in devices.items()}
+    keys.update((i, lock.key) for i, lock in snapshot.locks.items() if lock.key is not None)
     return {
-        key.id: before.get(key.id, now)
-        for key in keys
+        device_id: before.get(device_id, now)
+        for device_id, key in keys.items()
         if (view := snapshot.servers.get(key.server)) is not None
         and view.state is ServerState.REACHABLE
         and key.busid not in view.by_busid
-        and not _held(snapshot, key.id)
+        and not _held(snapshot, device_id)
     }
 
 

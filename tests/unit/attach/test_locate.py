@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.rigs.vocabulary import ATTIC, KEY, LAB, OTHER_KEY, STICK, descriptor
+from tests.rigs.vocabulary import ATTIC, DONGLE, KEY, LAB, OTHER_KEY, STICK, descriptor
 from usbip_plugin.attach.locate import (
     Ambiguous,
     Candidate,
@@ -15,7 +15,7 @@ from usbip_plugin.attach.locate import (
 )
 from usbip_plugin.claims import Claim, ClaimState
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
-from usbip_plugin.model import DeviceKey, ServerKey
+from usbip_plugin.model import DeviceKey, ServerKey, UsbId
 
 
 def candidate(busid: str, serial: str | None, *, probed: bool = True) -> Candidate:
@@ -90,9 +90,11 @@ def test_a_lost_device_may_be_only_where_a_selector_matches_its_serial_number() 
         )
     )
 
-    def allowed(host: str, busid: str, serial: str | None, resource: str | None = "stick") -> bool:
+    def allowed(
+        host: str, busid: str, serial: str | None, resource: str | None = "stick", usb_id: UsbId = STICK
+    ) -> bool:
         lost = Claim(KEY, STICK, state=ClaimState.REATTACHING, resource=resource, serial=serial)
-        return may_be_lost_device(config, lost, DeviceKey(ServerKey(host, 3240), busid), descriptor(busid))
+        return may_be_lost_device(config, lost, DeviceKey(ServerKey(host, 3240), busid), descriptor(busid, usb_id))
 
     assert allowed("lab", "1-9", "RED"), "its class may not be listed yet"
     assert not allowed("lab", "2-1", "RED")
@@ -103,6 +105,9 @@ def test_a_lost_device_may_be_only_where_a_selector_matches_its_serial_number() 
     assert not allowed("barn", "1-1", "RED"), "of another resource"
     assert allowed("barn", "1-1", "RED", None), "the resource is unknown after a restart"
     assert not allowed("nowhere", "1-1", "RED")
+    assert allowed("lab", "1-9", "RED", "other")
+    assert allowed("lab", "1-9", "RED", usb_id=DONGLE), "selected by its serial number"
+    assert not allowed("lab", "1-9", "RED", "other", DONGLE), "another resource selects it"
 
 
 def test_a_lost_device_is_searched_on_its_server_and_with_a_serial_number_on_those_of_its_resource() -> None:
