@@ -28,7 +28,7 @@ from tests.simulation.cluster_rig import (
 from usbip_plugin.attach import reattach
 from usbip_plugin.attach.events import DeviceEvent, EventKind
 from usbip_plugin.attach.reattach import AfterReattach
-from usbip_plugin.config.schema import Config, DeviceSelector, OnLoss, ResourceConfig, Selector
+from usbip_plugin.config.schema import Config, DeviceSelector, Extra, OnLoss, ResourceConfig, Selector
 from usbip_plugin.inventory import inventory
 from usbip_plugin.locks.record import lock_of
 from usbip_plugin.model import DeviceKey, InterfaceClass, PodRef, Reason, UsbId
@@ -156,6 +156,21 @@ async def test_an_allocate_attaches_a_device_that_changed_its_usb_id_since_the_l
         (text,) = node.specs.find(device.id)
         assert "USBIP_STICK_0_PRODUCT=9302" in text
         assert await c.settle(lambda: lock_of(c.backend.leases[device.id]).usb_id == APP, SETTLE)
+
+
+@stepped
+async def test_the_extras_are_those_of_the_entry_that_selects_the_attached_device() -> None:
+    lab = server("pi", boot())
+    device = key(lab, "2-1")
+    entries = (
+        DeviceSelector(lab.key, Selector(usb_ids=(usb_id,)), (Extra(f"/dev/{name}", f"/dev/{name}"),))
+        for usb_id, name in ((BOOT, "boot"), (APP, "app"))
+    )
+    async with cluster(spec([lab], ResourceConfig("stick", tuple(entries)))) as c:
+        await c.all_healthy(device)
+        replug(lab, app())
+        answer = await c.allocate(c["node-a"], device)
+        assert [spec.host_path for spec in answer.devices][1:] == ["/dev/app"]
 
 
 @pytest.mark.parametrize("on_loss", [OnLoss.EVICT, OnLoss.KEEP], ids=str)

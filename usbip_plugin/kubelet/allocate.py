@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 
 from opentelemetry.context import Context
@@ -27,6 +28,7 @@ from usbip_plugin.attach.monitor import AttachmentMonitor
 from usbip_plugin.attach.usage import UsageTracker
 from usbip_plugin.claims import ClaimBook
 from usbip_plugin.config.schema import DeviceSelector, ResourceConfig
+from usbip_plugin.config.selectors import selector_for
 from usbip_plugin.context import NodeContext
 from usbip_plugin.errors import NotAttached, PluginError, UnknownDevice
 from usbip_plugin.inventory.inventory import Inventory
@@ -97,6 +99,14 @@ def container_response(
         for spec in chain(nodes, extras):
             specs.setdefault(spec.container_path, spec)
     return ContainerResponse(envs=envs, devices=tuple(specs.values()), cdi_devices=tuple(cdi_names))
+
+
+def entry_of(resource: ResourceConfig, device: OfferedDevice, attachment: Attachment) -> DeviceSelector:
+    """Returns the entry that selects an attached device. It is another one if the device has another USB ID by now."""
+    if device.descriptor is None or device.usb_id == attachment.usb_id:
+        return device.selector
+    now = replace(device.descriptor, usb_id=attachment.usb_id)
+    return selector_for(resource, device.key, now, Identity(serial=attachment.serial)) or device.selector
 
 
 def listed_identity(device: OfferedDevice) -> Identity | None:
@@ -213,7 +223,9 @@ class Allocator:
         by_id = dict(zip(devices, attached, strict=True))
         with span(self._tracer, "response"):
             return tuple(
-                container_response(config, self._domain, [(devices[i].selector, by_id[i]) for i in ids])
+                container_response(
+                    config, self._domain, [(entry_of(config, devices[i], by_id[i]), by_id[i]) for i in ids]
+                )
                 for ids in containers
             )
 
