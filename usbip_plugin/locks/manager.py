@@ -254,8 +254,10 @@ class LockManager:
             changes[record.PORT] = str(port)
         if pod is not None:
             changes[record.POD] = record.pod_text(pod)
+        if usb_id is not None:
+            changes[record.USB_ID] = str(usb_id)
         async with self._device_lock(key.id):
-            return record.lock_of((await self._amend(key, changes, identity, usb_id)).lease)
+            return record.lock_of((await self._amend(key, changes, identity)).lease)
 
     async def release(self, key: DeviceKey, *, failed: bool | None = None) -> None:
         """Clears the holder if it is this node. A lock of another boot is taken first, and so only as R3 allows.
@@ -282,16 +284,13 @@ class LockManager:
                 await self._writer.drive(key, decide)
 
     async def _amend(
-        self,
-        key: DeviceKey,
-        changes: Mapping[str, str | None],
-        identity: Identity | None = None,
-        usb_id: UsbId | None = None,
+        self, key: DeviceKey, changes: Mapping[str, str | None], identity: Identity | None = None
     ) -> AcknowledgedWrite:
         async def decide(lease: Lease | None, write: Write) -> Decision:
             known = lease.annotations if lease is not None else {}
-            device = {**record.usb_id_annotations(known, usb_id), **record.identity_annotations(known, identity)}
-            return self.rules.decide_amend(lease, write, {**changes, **device})
+            device = record.usb_id_annotations(known, changes.get(record.USB_ID))
+            read = record.identity_annotations(known, identity)
+            return self.rules.decide_amend(lease, write, {**changes, **device, **read})
 
         outcome = await self._writer.drive(key, decide)
         if isinstance(outcome, Denied):

@@ -258,12 +258,12 @@ def identity_annotations(notes: Mapping[str, str], identity: Identity | None) ->
     return {**changes, READ_FROM: f"{identity.devid >> 16}:{identity.devid & 0xFFFF}"}
 
 
-def usb_id_annotations(notes: Mapping[str, str], usb_id: UsbId | str | None) -> dict[str, str | None]:
+def usb_id_annotations(notes: Mapping[str, str], usb_id: str | None) -> dict[str, str | None]:
     """Returns the annotation changes that record a USB ID. Removes an identity that was read under another one."""
     if usb_id is None:
         return {}
-    same = notes.get(USB_ID, str(usb_id)) == str(usb_id)
-    return {USB_ID: str(usb_id), **({} if same else dict.fromkeys((SERIAL, INTERFACES, READ_FROM)))}
+    outdated = (SERIAL, INTERFACES, READ_FROM) if notes.get(USB_ID, usb_id) != usb_id else ()
+    return {USB_ID: usb_id, **dict.fromkeys(outdated)}
 
 
 def device_annotations(key: DeviceKey) -> dict[str, str]:
