@@ -125,7 +125,7 @@ def test_on_loss_restart_needs_cdi() -> None:
 
 
 def test_evict_after_needs_on_loss_evict() -> None:
-    text = "resources: {a: {devices: [{target: {host: h}}], evictAfter: %s}}"
+    text = "resources: {a: {devices: [{target: {host: h}, selector: {all: true}}], evictAfter: %s}}"
     (resource,) = parse_config(text % "2m, onLoss: evict").config.resources
     assert (resource.on_loss, resource.evict_after) == (OnLoss.EVICT, 120.0)
     for without in ("2m", "2m, onLoss: keep"):
