@@ -257,7 +257,7 @@ class Pipeline:
         attachment = self._hand_out(device_id, now)
         for key in taken:
             log.warning("lock taken again, device kept attached", extra={"device": str(key)})
-            self._tasks.note_port(key, now.port)
+            self._tasks.note_port(key, now.port, now.usb_id)
             port = own_port(claim.location, await self._driver.ports(), now.port)
             if now.serial is not None and port is not None:
                 self._tasks.note_identity(key, Identity(port.devid, now.serial))
