@@ -78,7 +78,7 @@ class AttachmentMonitor:
         self._on_flaw = on_flaw
         self._ports_event = asyncio.Event()
         self._unreadable = ""
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
         self._lost_since: dict[str, float] = {}
         """By device ID: when a Lost claim was first seen with another holder in its lock (seconds, monotonic)."""
 
@@ -225,7 +225,7 @@ class AttachmentMonitor:
             return
         # also if the Lease was deleted: without a lock that names this node no device is offered
         self._tasks.book.move(claim, ClaimEvent.LOCK_LOST)
-        self._told.discard(claim.id)
+        self._reported.discard(claim.id)
         with within(claim.traceparent):
             log.error("lock lost", extra={"device": str(claim.key), "holder": change.holder})
         self._reattacher.look_again(change.device_id)
@@ -259,7 +259,7 @@ class AttachmentMonitor:
                 await self._clock.sleep(max(MIN_WAIT, end - now))
                 continue
             if loss in (Loss.WAIT, Loss.DETACH):
-                await self._tell_loss(self._tasks.book[device_id])
+                await self._report_loss(self._tasks.book[device_id])
                 await self._releaser.finish_locked(device_id, ClaimState.LOST)
             break
         self._lost_since.pop(device_id, None)
@@ -269,11 +269,11 @@ class AttachmentMonitor:
         lock = self._locks.locks.get(device_id)
         return self._locks.rules.decide_loss(lock, self._me, held_for, self._locks.settings.import_window)
 
-    async def _tell_loss(self, claim: Claim) -> None:
+    async def _report_loss(self, claim: Claim) -> None:
         """Reports once that the device of a Lost claim is detached here."""
-        if claim.id in self._told:
+        if claim.id in self._reported:
             return
-        self._told.add(claim.id)
+        self._reported.add(claim.id)
         lock = self._locks.locks.get(claim.id)
         if lock is not None and lock.holder and lock.port is not None:
             with contextlib.suppress(VhciError):
@@ -299,7 +299,7 @@ class AttachmentMonitor:
             return
         if self._loss(device_id, 0.0) in (Loss.NONE, Loss.REGAIN):
             self._tasks.book.move(claim, ClaimEvent.LOCK_FREE)
-            self._told.discard(device_id)
+            self._reported.discard(device_id)
             self.begin_reattach(device_id)
 
     def _location_lost(self, device_id: str, lock: Lock | None) -> None:
