@@ -5,13 +5,14 @@ If all nodes offered it at once, the scheduler would send a waiting pod to each,
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-import math
 from collections.abc import Callable, Collection, Coroutine
 
 from usbip_plugin.context import NodeContext
 from usbip_plugin.kube.fleet import Fleet
 from usbip_plugin.locks.watch import LockChange
+from usbip_plugin.sync import done_within
 
 SLOT_S = 1.25
 """Seconds between the turns of two nodes: the time from an offer until a waiting pod's Allocate has the lock.
@@ -22,9 +23,6 @@ has ended; with slots of 1 s, a simulated job of 20 pods had up to 2 failed pods
 
 OFFERED_BY_ALL_S = 10.0
 """Seconds from a release until every node offers the device, whatever its turn: as long as a kubelet's status sync."""
-
-
-OVER = -math.inf
 
 
 def rank(fleet: Fleet, node: str, change: LockChange) -> int:
@@ -60,7 +58,7 @@ def delay(place: int) -> float:
 
 
 class Turns:
-    """The released devices that other nodes offer before this one. One task for each of them, and no requests.
+    """The released devices that other nodes offer before this one. One task serves them all, without requests.
 
     A device is offered at once if this process has not seen its release. A taken lock ends all turns.
 
@@ -83,20 +81,20 @@ class Turns:
         self._spawn = spawn
         self._on_turn = on_turn
         self._due: dict[str, float] = {}
-        """By device ID: when this node's turn comes, in seconds on the monotonic clock; OVER if a node has the lock."""
+        """By device ID: when this node's turn comes, in seconds on the monotonic clock."""
+        self._waking_at: float | None = None
+        """When the task looks at `_due` next; None if it does not run."""
+        self._wake = asyncio.Event()
 
     def lock_changed(self, change: LockChange) -> None:
         """Begins the turns of a device that its holder has released, and ends those of one that a node has taken."""
-        known = change.device_id in self._due
         if change.holder or change.new is None:
-            if known:
-                self._due[change.device_id] = OVER
+            self._due.pop(change.device_id, None)
         elif change.former:
             left = delay(rank(self._fleet(), self._me, change))
-            if known or left > 0:
-                self._due[change.device_id] = self._clock.monotonic() + left
-            if left > 0 and not known:
-                self._spawn(self._wait(change.device_id))
+            self._due.pop(change.device_id, None)
+            if left > 0:
+                self._begin(change.device_id, self._clock.monotonic() + left)
 
     def awaited(self, device_ids: Collection[str] | None = None) -> frozenset[str]:
         """Returns which of these devices (None for all) this node does not offer yet, because others are first."""
@@ -104,8 +102,23 @@ class Turns:
         due = self._due if device_ids is None else {i: self._due[i] for i in device_ids if i in self._due}
         return frozenset(i for i, at in due.items() if at > now)
 
-    async def _wait(self, device_id: str) -> None:
-        while (left := self._due[device_id] - self._clock.monotonic()) > 0:
-            await self._clock.sleep(left)
-        if self._due.pop(device_id) > OVER:
-            self._on_turn(device_id)
+    def _begin(self, device_id: str, at: float) -> None:
+        self._due[device_id] = at
+        if self._waking_at is None:
+            self._waking_at = at
+            self._spawn(self._wait())
+        elif at < self._waking_at:
+            self._wake.set()
+
+    async def _wait(self) -> None:
+        """Calls on_turn for each device in time, until no device is left."""
+        while self._due:
+            now = self._clock.monotonic()
+            for device_id in [i for i, at in self._due.items() if at <= now]:
+                del self._due[device_id]
+                self._on_turn(device_id)
+            if self._due:
+                self._wake.clear()
+                self._waking_at = min(self._due.values())
+                await done_within(self._clock, self._waking_at - now, self._wake.wait())
+        self._waking_at = None
