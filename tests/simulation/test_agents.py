@@ -901,15 +901,30 @@ async def test_a_server_that_lists_devices_in_use_ends_no_lock_of_a_node_without
     async with one_stick(notices=notices, change=lists_in_use) as (c, lab, device):
         a, b = await c.taken(device), c["node-b"]
         a.partition(cut=True)
-        await asyncio.sleep(3 * LOCKS.duration)
+        await asyncio.sleep(2 * LOCKS.duration)
         assert reason(b, device) is Reason.HELD_ELSEWHERE
+        a.partition(cut=False)
+        await asyncio.sleep(3 * LOCKS.duration)
+        assert agent(b).poller.view(lab.key).lists_in_use, "proven by the heartbeats of the holder"
+        a.partition(cut=True)
+        await asyncio.sleep(5 * LOCKS.duration)
         assert (
             "its server lists devices in use, so it is not taken over" in agent(b).inventory.health()[device.id].detail
         )
-        assert agent(b).poller.view(lab.key).lists_in_use
         a.partition(cut=False)
         await asyncio.sleep(30)
         assert (c.holder(device), lab.table.granted, [n.what for n in notices]) == ("node-a", 1, [EventKind.ATTACHED])
+
+
+@stepped
+async def test_the_device_of_a_holder_that_dies_before_the_next_list_is_taken_over_later() -> None:
+    """The server hid the device from no list before the death, so it may be one that lists devices in use."""
+    async with one_stick(change=lists_in_use) as (c, lab, device):
+        a, b = await c.admitted(device), c["node-b"]
+        a.kill()
+        lab.drop("1-1")
+        assert await c.settle(lambda: reason(b, device) is Reason.HOLDER_EXPIRED, 5 * LOCKS.duration)
+        assert await b.admit(pod("q"), "stick") is None
 
 
 @stepped

@@ -284,17 +284,15 @@ def expired(observation: Observation) -> bool:
     return observation.seen - observation.since >= observation.duration
 
 
-def lives(before: Observation | None, after: Observation, first: float) -> bool:
-    """Returns whether a holder was alive for a whole duration in which it did not write this lock.
+def lives(before: Observation | None, after: Observation) -> bool:
+    """Returns whether a holder was alive between two observations of its lock, and did not write the lock.
 
-    A holder that has lost its device writes the lock at each try to attach it again. So the device of such a holder is
-    in use, and a server that has listed it all the time lists devices in use.
-
-    first: when the lock was first seen so (monotonic seconds).
+    A holder that has lost its device writes the lock at each try to attach it again. So if this goes on for a whole
+    duration, the device of such a holder is in use, and a server that lists it all the time lists devices in use.
     """
     if before is None or before.lock_version != after.lock_version or not after.session_version:
         return False
-    return before.session_version != after.session_version and after.seen - first >= after.duration
+    return before.session_version != after.session_version
 
 
 def may_take_over(lease: Lease, observation: Observation | None) -> bool:

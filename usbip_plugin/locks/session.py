@@ -110,12 +110,19 @@ EXPIRED_BEATS = 4.0
 MIN_ROUND_S = 0.05
 
 
+UNPROVEN_DURATIONS = 3
+"""Durations of silence after which the lock of an unproven device expires, see ExpiryWatch.set_unproven.
+
+One is not enough: a holder that is only cut off from the API server still uses a device that its server always lists.
+"""
+
+
 class ExpiryWatch:
     """The observation of each lock that another node holds on an importable device (R4). run() must be running.
 
     notify(device_id): called when a lock expires, and when an expired lock no longer counts as expired.
-    on_listed_in_use(device_id): called when a server has listed a device for a whole duration although a holder had it:
-        the holder lives and did not write the lock (protocol.lives), or the device is unproven.
+    on_listed_in_use(device_id): called when a server has listed a device for a whole duration although a holder had it
+        that lives and did not write the lock, see protocol.lives.
     """
 
     def __init__(
@@ -160,12 +167,12 @@ class ExpiryWatch:
     def set_unproven(self, device_ids: frozenset[str]) -> None:
         """Sets the devices that are listed, but whose list does not show that their holder has lost them.
 
-        Their locks are observed and do not expire.
+        Their locks expire after UNPROVEN_DURATIONS: the holder may have died before its server could hide the device.
         """
         self._unproven = device_ids
 
     def observation(self, device_id: str) -> Observation | None:
-        return self._observed.get(device_id) if device_id not in self._unproven else None
+        return self._observed.get(device_id)
 
     def lock_changed(self, device_id: str) -> None:
         """Begins the observation of a lock anew. To be called whenever the LockCache has another record of it."""
@@ -229,10 +236,12 @@ class ExpiryWatch:
         if lease.name not in self._importable or self._view.lease(lease.name) != lease:
             return  # changed while the session was read
         before = self._observed.get(lease.name)
-        after = self._rules.observe(before, lease, session, asked_at, self._clock.monotonic(), self._duration)
+        durations = UNPROVEN_DURATIONS if lease.name in self._unproven else 1
+        own_duration = durations * self._duration
+        after = self._rules.observe(before, lease, session, asked_at, self._clock.monotonic(), own_duration)
         self._observed[lease.name] = after
-        alive = lives(before, after, self._first.setdefault(lease.name, after.since))
-        if alive or (expired(after) and lease.name in self._unproven):
+        first = self._first.setdefault(lease.name, after.since)
+        if lives(before, after) and after.seen - first >= after.duration / durations:
             self.on_listed_in_use(lease.name)
         if expired(after) != (before is not None and expired(before)):
             self._notify(lease.name)
