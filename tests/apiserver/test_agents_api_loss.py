@@ -108,7 +108,7 @@ async def test_a_lock_taken_away_during_the_outage_is_noticed_after_it(
         assert rig.attached(a, held)
         proxy.refusing = False
         await a.until(RESOURCE, lambda devices: devices == {held.id: False})
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(LockSettings().import_window + PATIENCE_S):  # kept for an import window (R6)
             await rig.server.until_released(held.busid)
         await rig.until(lambda: rig.holders(held) == ["somebody-else"] * 2)
         assert not rig.attached(a, held)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections.abc import Coroutine
+from dataclasses import replace
 
 import pytest
 from opentelemetry.trace import NoOpTracer
 
 from usbip_plugin.context import NodeContext
-from usbip_plugin.inventory.turns import OFFERED_BY_ALL_S, SLOT_S, Turns, delay, rank
+from usbip_plugin.inventory.turns import OFFERED_BY_ALL_S, SLOT_S, TOGETHER_S, Turns, delay, rank
 from usbip_plugin.kube.fleet import MAX_NAMED, UNCOUNTED, Fleet
 from usbip_plugin.locks.watch import LockChange
 from usbip_plugin.model import Lock, NodeIdentity, PodRef
@@ -69,7 +71,7 @@ def test_turns_are_a_slot_apart_at_first_and_over_in_time() -> None:
     assert [delay(place) / SLOT_S for place in range(8)] == [0, 1, 2, 2.5, 3, 3.25, 3.5, 3.75]
     seconds = [delay(place) for place in range(5000)]
     assert seconds == sorted(seconds)
-    assert seconds[-1] == OFFERED_BY_ALL_S
+    assert seconds[-1] == OFFERED_BY_ALL_S - TOGETHER_S
 
 
 class Node:
@@ -133,7 +135,18 @@ async def test_each_release_begins_the_turns_again_in_one_task() -> None:
             node.part.lock_changed(LockChange(DEVICE, lock(""), lock("node-0", epoch + 1)))
             assert node.tasks == 1
         node.part.lock_changed(released("node-0", 4))
-    assert node.turns == pytest.approx([2.5 * SLOT_S])
+    assert node.turns == pytest.approx([math.ceil(2.5 * SLOT_S / TOGETHER_S) * TOGETHER_S])
+
+
+@virtual
+async def test_turns_of_devices_that_are_released_one_after_another_come_together() -> None:
+    async with asyncio.TaskGroup() as tasks:
+        node = Node(tasks)
+        for number in range(20):
+            await asyncio.sleep(TOGETHER_S / 25)
+            node.part.lock_changed(replace(released("node-0"), device_id=f"device-{number}"))
+    assert len(node.turns) == 20
+    assert len(set(node.turns)) == 1
 
 
 @virtual
