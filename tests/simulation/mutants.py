@@ -396,7 +396,7 @@ OTHERS = (
         "the next turn never comes",
         TURN,
         (END,),
-        patched(turns, "delay", lambda _place: math.inf),
+        patched(turns, "delay", lambda _place: 1e9),
     ),
     Mutant(
         "health",
