@@ -65,7 +65,9 @@ def test_the_scripts_run_existing_targets() -> None:
 
 def test_each_change_is_checked_by_the_targets_of_the_readme_and_in_each_real_environment() -> None:
     targets = targets_in(sections_of_run())
-    assert {"demo", "test", "lint", "sim", "image", "test-image", "test-deploy"} <= targets
+    readme = re.findall(r"^make (\w+)", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert readme == ["demo", "test"]
+    assert {*readme, "lint", "sim", "image", "test-image", "test-deploy"} <= targets
     assert {"test-apiserver", "test-kernel", "test-node", "test-kubelet", "tour"} <= targets
 
 

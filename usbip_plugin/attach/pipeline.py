@@ -255,10 +255,10 @@ class Pipeline:
         if claim.moved_to in taken and claim.moved_to is not None:
             await self._write_location(claim, claim.moved_to)
         attachment = self._hand_out(device_id, now)
+        port = own_port(claim.location, await self._driver.ports(), now.port) if taken else None
         for key in taken:
             log.warning("lock taken again, device kept attached", extra={"device": str(key)})
             self._tasks.note_port(key, now.port, now.usb_id)
-            port = own_port(claim.location, await self._driver.ports(), now.port)
             if now.serial is not None and port is not None:
                 self._tasks.note_identity(key, Identity(port.devid, now.serial))
         return attachment
