@@ -17,13 +17,13 @@ from tests.apiserver.node_tokens import NAMESPACE, NodeTokens
 from tests.apiserver.objects import configuration
 from tests.rigs.agents_rig import RESOURCE, Rig, agents
 from tests.rigs.api_process import ADMIN_TOKEN, Cluster
-from usbip_plugin.cli.devices import known_devices
 from usbip_plugin.cli.parser import Exit
 from usbip_plugin.cli.release import release
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.errors import ReleaseRefused
 from usbip_plugin.kube.client import KubeClient
 from usbip_plugin.locks.kubernetes import KubernetesLeases
+from usbip_plugin.locks.locked_devices import known_devices
 from usbip_plugin.locks.record import Lease
 from usbip_plugin.model import DeviceKey
 

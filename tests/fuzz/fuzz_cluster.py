@@ -21,7 +21,7 @@ from usbip_plugin.kube.pods import OwnPods
 from usbip_plugin.kubelet import deviceplugin_pb2, podresources_pb2
 from usbip_plugin.kubelet.device_plugin import MAX_CONTAINERS, MAX_DEVICES_PER_CONTAINER, check_ids, status_details
 from usbip_plugin.kubelet.pod_resources import of_domain
-from usbip_plugin.locks import protocol, record
+from usbip_plugin.locks import locked_devices, protocol, record
 from usbip_plugin.locks.kubernetes import KubernetesLeases, decode, encode
 from usbip_plugin.locks.manager import _held
 from usbip_plugin.locks.protocol import Create, LockMeta, Replace, Write
@@ -105,7 +105,7 @@ class _OneLease:
 
 def show(lease: Lease) -> None:
     """Checks the bounds of `usbip-plugin devices`, as a table and as JSON."""
-    known = drive(devices.known_devices(_OneLease(lease)))  # type: ignore[arg-type] # only list() is called
+    known = drive(locked_devices.known_devices(_OneLease(lease)))  # type: ignore[arg-type] # only list() is called
     rows = devices.rows(known, datetime(2026, 1, 1, tzinfo=UTC))
     for line in devices.table(rows, devices.WIDE).splitlines():
         fit_to_show(line, 2048)

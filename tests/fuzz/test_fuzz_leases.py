@@ -21,7 +21,7 @@ from tests.fuzz.brief import brief
 from tests.fuzz.fuzz_cluster import _lease_seed, apply_rules, lease_object
 from tests.fuzz.fuzz_target import fit_to_raise, fit_to_show
 from usbip_plugin.attach.events import DeviceEvent, EventKind, events_of
-from usbip_plugin.cli.devices import WIDE, known_devices, rows, table
+from usbip_plugin.cli.devices import WIDE, rows, table
 from usbip_plugin.config.schema import Config, DeviceSelector
 from usbip_plugin.errors import KubeConflict, KubeNotFound, KubeServerError, LockHeld, LockUnavailable
 from usbip_plugin.inventory.health import health
@@ -29,6 +29,7 @@ from usbip_plugin.inventory.snapshot import OfferedDevice, Snapshot
 from usbip_plugin.kube.events import event_body
 from usbip_plugin.locks import kubernetes, record
 from usbip_plugin.locks.kubernetes import KubernetesLeases, decode, encode
+from usbip_plugin.locks.locked_devices import known_devices
 from usbip_plugin.locks.manager import LockManager, LockSettings
 from usbip_plugin.locks.protocol import LockStatus
 from usbip_plugin.locks.record import Lease

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from usbip_plugin.config.schema import DEFAULT_LOCK_DURATION_S
 from usbip_plugin.kube.client import LIST_PAGE
 from usbip_plugin.kube.node_status import KUBELET_SYNC_S, spread
-from usbip_plugin.locks.manager import DURATION_S
 from usbip_plugin.locks.session import BEAT_FRACTION
 from usbip_plugin.usbip.poller import POLL_INTERVAL, share
 
@@ -27,7 +27,7 @@ class Fleet:
     nodes: int
     devices: int
     holders: int
-    duration: float = DURATION_S
+    duration: float = DEFAULT_LOCK_DURATION_S
 
 
 def rest_writes(fleet: Fleet) -> float:

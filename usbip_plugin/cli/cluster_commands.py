@@ -9,7 +9,7 @@ import dataclasses
 import sys
 from collections.abc import AsyncIterator
 
-from usbip_plugin.cli.devices import LockedDevice, known_devices, paint, rows, show_devices, structured, wants_colour
+from usbip_plugin.cli.devices import paint, rows, show_devices, structured, wants_colour
 from usbip_plugin.cli.explain import DeviceDetails, render
 from usbip_plugin.cli.explain import explain as explanation_of
 from usbip_plugin.cli.lookup import DeviceLookup, find_config
@@ -22,6 +22,7 @@ from usbip_plugin.config.schema import DEFAULT_DOMAIN
 from usbip_plugin.errors import ReleaseRefused
 from usbip_plugin.kube.client import connect
 from usbip_plugin.locks.kubernetes import KubernetesLeases
+from usbip_plugin.locks.locked_devices import LockedDevice, known_devices
 from usbip_plugin.locks.record import LeaseStore
 from usbip_plugin.usbip.client import TcpUsbipClient
 

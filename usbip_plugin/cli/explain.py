@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 
-from usbip_plugin.cli.devices import LockedDevice, ago, last_sign, silent, stamp
+from usbip_plugin.cli.devices import ago, stamp
 from usbip_plugin.cli.parser import PLUGIN_LABEL
+from usbip_plugin.locks.locked_devices import LockedDevice, last_sign, silent
 from usbip_plugin.model import DeviceKey, Lock
 
 

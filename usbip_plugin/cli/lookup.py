@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from usbip_plugin.cli.devices import LockedDevice, attached, known_devices
 from usbip_plugin.cli.explain import DeviceDetails, Listing, Offer, PluginStatus, PodStatus, ServerAnswer
 from usbip_plugin.cli.parser import PLUGIN_LABEL
 from usbip_plugin.clock import Clock
@@ -24,6 +23,7 @@ from usbip_plugin.config.schema import DEFAULT_CONFIG_PATH, Config
 from usbip_plugin.config.selectors import Match, matches
 from usbip_plugin.errors import AmbiguousDevice, ConfigError, KubeError, KubeNotFound, NoSuchDevice, UsbipError
 from usbip_plugin.kube.client import Api
+from usbip_plugin.locks.locked_devices import LockedDevice, is_attached, known_devices
 from usbip_plugin.locks.record import LeaseStore
 from usbip_plugin.model import (
     DEFAULT_USBIP_PORT,
@@ -228,7 +228,7 @@ class DeviceLookup:
         found = [
             known.lock.key
             for known in self.known
-            if known.lock.key is not None and known.lock.key.server == server and attached(known, self.clock.now())
+            if known.lock.key is not None and known.lock.key.server == server and is_attached(known, self.clock.now())
         ]
         return tuple(sorted(key.busid for key in found if self._listed(key) is not None))
 

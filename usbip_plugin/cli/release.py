@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 
-from usbip_plugin.cli.devices import LockedDevice, ago, last_sign, stamp
+from usbip_plugin.cli.devices import ago, stamp
 from usbip_plugin.cli.explain import DeviceDetails, Listing, PodStatus
 from usbip_plugin.config.schema import IMPORT_WINDOW_S
 from usbip_plugin.errors import KubeConflict, KubeForbidden, KubeNotFound, ReleaseRefused
+from usbip_plugin.locks.locked_devices import LockedDevice, last_sign
 from usbip_plugin.locks.protocol import Write, released
 from usbip_plugin.locks.record import BY_HAND, LeaseStore
 from usbip_plugin.model import NodeIdentity

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from opentelemetry.trace import Tracer
 
 from usbip_plugin.clock import Clock
+from usbip_plugin.config.schema import DEFAULT_LOCK_DURATION_S, IMPORT_WINDOW_S
 from usbip_plugin.errors import LockError, LockHeld, LockLost, LockUnavailable
 from usbip_plugin.locks import protocol, record
 from usbip_plugin.locks.protocol import Decision, Denied, LockMeta, LockStatus, Rules, Write
@@ -26,22 +27,18 @@ from usbip_plugin.observe.spans import device_attributes, span
 
 logger = logging.getLogger(__name__)
 
-# Default duration of a lock (seconds): the least time without a sign of life before another node may take it over.
-DURATION_S = 40.0
-# Default time after a write on the lock within which an import must end (seconds). R1: less than half the duration.
-IMPORT_WINDOW_S = 10.0
 # Seconds between two tries to release locks whose acquire() was given up.
 ORPHAN_RETRY_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class LockSettings:
-    """Timing of the locks in seconds, as DURATION_S and IMPORT_WINDOW_S.
+    """Timing of the locks in seconds, by default as in config/schema.py.
 
     Raises ValueError unless 0 < import_window < duration / 2, on which the safety of a takeover rests (R1, R4).
     """
 
-    duration: float = DURATION_S
+    duration: float = DEFAULT_LOCK_DURATION_S
     import_window: float = IMPORT_WINDOW_S
 
     def __post_init__(self) -> None:

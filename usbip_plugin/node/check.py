@@ -10,18 +10,19 @@ import socket
 import stat
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 
 from usbip_plugin.clock import Clock, SystemClock
 from usbip_plugin.config.reload import LoadedConfig
-from usbip_plugin.config.schema import IMPORT_WINDOW_S, Config, OnLoss
+from usbip_plugin.config.schema import Config, OnLoss
 from usbip_plugin.config.selectors import Match, matches
 from usbip_plugin.errors import ConfigError, KubeError, KubeForbidden, KubeUnreachable, PluginError, UsbipError
 from usbip_plugin.kube.client import Api, connect
 from usbip_plugin.locks.kubernetes import KubernetesLeases
-from usbip_plugin.locks.record import LOCK_LABELS, SESSION_LABELS, LeaseStore, is_lock_name, lock_of, session_name
+from usbip_plugin.locks.locked_devices import is_attached, known_devices
+from usbip_plugin.locks.record import LOCK_LABELS, LeaseStore
 from usbip_plugin.model import DEVICE_ID_PREFIX, ServerKey
 from usbip_plugin.node.daemon import MakeDriver, Options
 from usbip_plugin.usbip.client import DeviceList, TcpUsbipClient
@@ -229,20 +230,14 @@ async def lists_check(
 ) -> list[Finding]:
     """Checks that no server lists a device that a living node has attached. Servers without an answer are left out."""
     try:
-        locks = [(lease, lock_of(lease)) for lease in (await store.list(LOCK_LABELS)).items if is_lock_name(lease.name)]
-        sessions = {lease.name: lease for lease in (await store.list(SESSION_LABELS)).items}
+        devices = await known_devices(store)
     except KubeError:
         return []  # api_check reports it
     attached: dict[ServerKey, dict[str, str]] = {}
-    for lease, lock in locks:
-        session, key = sessions.get(session_name(lock.holder)) if lock.holder else None, lock.key
-        if key is None or key.server not in servers or lock.port is None or session is None:
-            continue
-        beat, written = session.renew_time, lease.renew_time
-        alive = beat is not None and now - beat < timedelta(seconds=lock.duration)
-        # a holder that has lost its device writes the lock at each try to attach it again
-        if alive and written is not None and now - written > 2 * timedelta(seconds=IMPORT_WINDOW_S):
-            attached.setdefault(key.server, {})[key.busid] = lock.holder
+    for known in devices:
+        key = known.lock.key
+        if key is not None and key.server in servers and known.session is not None and is_attached(known, now):
+            attached.setdefault(key.server, {})[key.busid] = known.lock.holder
 
     async def listed_in_use(server: ServerKey) -> list[str]:
         with contextlib.suppress(UsbipError):  # server_check reports it

@@ -20,9 +20,9 @@ from usbip_plugin.attach.events import DeviceEvent
 from usbip_plugin.attach.pipeline import Pipeline, Progress
 from usbip_plugin.attach.tasks import DeviceTasks
 from usbip_plugin.claims import Claim, ClaimBook, ClaimState
-from usbip_plugin.config.schema import ResourceConfig
+from usbip_plugin.config.schema import IMPORT_WINDOW_S, ResourceConfig
 from usbip_plugin.context import NodeContext
-from usbip_plugin.locks.manager import IMPORT_WINDOW_S, Grant, LockManager
+from usbip_plugin.locks.manager import Grant, LockManager
 from usbip_plugin.locks.protocol import LockMeta, Rules
 from usbip_plugin.locks.watch import LockChange
 from usbip_plugin.model import Attachment, Descriptor, DeviceKey, Identity, Lock, ServerKey, UsbId

@@ -12,7 +12,7 @@ from tests.unit.attach.pipeline_rig import Rig, on_rig
 from usbip_plugin.attach.events import taken_over
 from usbip_plugin.attach.pipeline import DETACH_TIMEOUT, PROBE_TIMEOUT, SECOND_TRY_TIME
 from usbip_plugin.claims import ClaimEvent, ClaimState
-from usbip_plugin.config.schema import DEFAULT_CHILDREN_TIMEOUT_S
+from usbip_plugin.config.schema import DEFAULT_CHILDREN_TIMEOUT_S, IMPORT_WINDOW_S
 from usbip_plugin.errors import (
     AttachRefused,
     AttachStuck,
@@ -31,7 +31,6 @@ from usbip_plugin.errors import (
     WrongDevice,
     WrongSerial,
 )
-from usbip_plugin.locks.manager import IMPORT_WINDOW_S
 from usbip_plugin.model import DeviceKey, Identity, UsbId
 from usbip_plugin.usbip.poller import ServerFlaw
 from usbip_plugin.vhci.driver import PortState

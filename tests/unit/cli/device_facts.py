@@ -6,8 +6,8 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 from tests.rigs.vocabulary import KEY
-from usbip_plugin.cli.devices import LockedDevice
 from usbip_plugin.cli.explain import DeviceDetails, Listing, Offer, PluginStatus, PodStatus, ServerAnswer
+from usbip_plugin.locks.locked_devices import LockedDevice
 from usbip_plugin.locks.record import LOCK_LABELS, SESSION_LABELS, Lease, lock_of
 
 TAKEN = datetime(2026, 5, 4, 3, 2, 1, tzinfo=UTC)

@@ -10,8 +10,9 @@ from datetime import UTC, datetime, timedelta
 import pytest
 import yaml
 
-from usbip_plugin.cli.devices import COLUMNS, WIDE, age, known_devices, rows, show_devices, table, wants_colour
+from usbip_plugin.cli.devices import COLUMNS, WIDE, age, rows, show_devices, table, wants_colour
 from usbip_plugin.clock import SystemClock
+from usbip_plugin.locks.locked_devices import known_devices
 from usbip_plugin.locks.record import LOCK_LABELS, SESSION_LABELS, Lease
 from usbip_plugin.model import DeviceKey, ServerKey
 from usbip_sim.leases import MemoryBackend, MemoryLeases

@@ -8,11 +8,11 @@ import pytest
 
 from tests.rigs.vocabulary import KEY
 from tests.unit.cli.device_facts import FREE, HELD, HELD_NOTES, LISTED, NOW, UNREACHABLE, known
-from usbip_plugin.cli.devices import LockedDevice, known_devices
 from usbip_plugin.cli.explain import DeviceDetails, PodStatus
 from usbip_plugin.cli.release import impact, refusal, release
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.errors import KubeForbidden, ReleaseRefused
+from usbip_plugin.locks.locked_devices import LockedDevice, known_devices
 from usbip_plugin.locks.record import Lease
 from usbip_sim.leases import MemoryBackend, MemoryLeases
 
