@@ -52,7 +52,7 @@ WORDS = (
     (r"attach(ed|es|ing)? again", "re-attach"),
     (r"be had", "available"),
     (r"bear(er|ers|s)|glances?|mend(ed|s)?|oddit(y|ies)|seekers?|wishes", "the word of the field"),
-    (r"(?<!\{)(?-i:busids?)", "bus id"),  # {busid} is a field of containerPath
+    (r"(?<!\{)(?-i:busids?)", "bus ID"),  # {busid} is a field of containerPath
     (r"but for", "except"),
     (r"(?<!there )(is|are|was|were) (no|none of)(?! longer)", "is not"),
     (r"for want of", "without"),

@@ -103,7 +103,7 @@ def keys() -> tuple[Key, ...]:
             f"{entry}.selector.bus_id",
             _several(f"text, up to {scalars.MAX_BUS_ID_GLOB} characters"),
             "any",
-            'a bus id as `usbip list` shows it, or a glob: `"1-1.*"`, `"[12]-1"`',
+            'a bus ID as `usbip list` shows it, or a glob: `"1-1.*"`, `"[12]-1"`',
         ),
         Key(
             f"{entry}.selector.serial",
@@ -216,7 +216,7 @@ FIELDS: Mapping[str, str] = {
     "name": "last part of the path on the host: `ttyUSB0`",
     "number": "number of the node among the device's of its kind, from 0",
     "interface": "number of its USB interface, two hexadecimal digits",
-    "busid": "bus id",
+    "busid": "bus ID",
     "serial": "serial number",
     "vendor": "USB vendor id, four hexadecimal digits",
     "product": "USB product id, four hexadecimal digits",

@@ -39,7 +39,7 @@ def container(image: str, name: str, limits: Mapping[str, int], script: str = WA
 
 
 async def held(cluster: ClusterView, node: str, count: int) -> set[str]:
-    """Returns the bus ids of the locks that the node holds, once there are this many."""
+    """Returns the bus IDs of the locks that the node holds, once there are this many."""
 
     def found(leases: Mapping[str, Object]) -> set[str] | None:
         mine = locks_of(leases, node)

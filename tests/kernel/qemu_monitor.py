@@ -37,7 +37,7 @@ class Monitor:
         eventually(lambda: serial not in usbipd.busids(), f"{serial} is unplugged")
 
     def plug(self, usbipd: RealUsbipd, number: int, serial: str, port: str = FREE_PORT) -> str:
-        """Plugs in serial converter 0 or 1, binds it to usbip-host and returns its bus id."""
+        """Plugs in serial converter 0 or 1, binds it to usbip-host and returns its bus ID."""
         # QEMU frees the cable a moment after the device is gone
         eventually(lambda: self._plugged(number, serial, port), f"{serial} is plugged in")
         busid = usbipd.busid(serial)

@@ -1,4 +1,4 @@
-"""The identity of real devices: serial numbers, classes, and devices that move to another bus id."""
+"""The identity of real devices: serial numbers, classes, and devices that move to another bus ID."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ STORAGE = 8
 
 
 def first_twin(usbipd: RealUsbipd) -> Config:
-    """Selects the converter with the first serial number, at any bus id."""
+    """Selects the converter with the first serial number, at any bus ID."""
     selector = Selector(vendor=0x0403, product=0x6001, serial=TWINS[0])
     return Config((ResourceConfig(SERIAL, (DeviceSelector(usbipd.key, selector),)),))
 

@@ -70,7 +70,7 @@ def controllers() -> int:
 
 
 def rows_by_number() -> dict[int, list[str]]:
-    """Returns the fields of each used port: hub, port, status, speed, device, socket, local bus id."""
+    """Returns the fields of each used port: hub, port, status, speed, device, socket, local bus ID."""
     return {int(fields[1]): fields for fields in (row.split() for row in busy_rows())}
 
 

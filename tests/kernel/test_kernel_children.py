@@ -228,7 +228,7 @@ async def test_a_device_that_switches_to_another_mode_is_re_attached_if_its_reso
     usbipd, events = rig.usbipd, ReportedEvents()
     with gadget(usbipd, "MODEM", "acm") as device:
         device.plug()
-        config, key = select(usbipd, "MODEM")  # by its bus id alone
+        config, key = select(usbipd, "MODEM")  # by its bus ID alone
         async with agent_with(config, key, events=events) as world:
             node = on(world)
             await node.admit(POD, {GADGET: 1})

@@ -76,5 +76,5 @@ def plugin(base: Plugin) -> Plugin:
 
 @pytest.fixture(scope="session")
 def far_busid(usbipd: RealUsbipd) -> str:
-    """Returns the bus id of the converter that is not exported."""
+    """Returns the bus ID of the converter that is not exported."""
     return usbipd.busid(FAR_END)

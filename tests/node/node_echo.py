@@ -28,7 +28,7 @@ print("hung up", flush=True)
 
 @contextlib.contextmanager
 def far_end(busid: str) -> Iterator[int]:
-    """Yields a file descriptor of the tty of the guest's device with this bus id."""
+    """Yields a file descriptor of the tty of the guest's device with this bus ID."""
     (found,) = Path(f"/sys/bus/usb/devices/{busid}:1.0").glob("ttyUSB*")
     fd = os.open(f"/dev/{found.name}", os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
     try:

@@ -162,7 +162,7 @@ class Nodes:
 
 
 class Rig(Nodes):
-    """Two nodes and a server with some dongles. keys: the devices, in order of bus id."""
+    """Two nodes and a server with some dongles. keys: the devices, in order of bus ID."""
 
     def __init__(
         self,

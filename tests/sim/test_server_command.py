@@ -37,7 +37,7 @@ def test_a_device_of_several_interfaces_with_a_name() -> None:
     ("text", "message"),
     [
         ("0951:1666", "must be BUSID=VVVV:PPPP"),
-        ("storage=0951:1666", "bus id 'storage' must look like 1-1"),
+        ("storage=0951:1666", "bus ID 'storage' must look like 1-1"),
         (f"1-{'1.' * 20}1=0951:1666", "must look like 1-1"),
         ("1-1=951:1666", "'951:1666' must be vendor:product, four hexadecimal digits"),
         ("1-1=0951:1666,serial=", "'serial=' must be serial=TEXT"),
@@ -59,7 +59,7 @@ def test_an_invalid_device_is_refused_with_the_expected_form(text: str, message:
 
 
 def test_a_bus_id_given_twice() -> None:
-    with pytest.raises(ConfigError, match="duplicate bus id 1-1"):
+    with pytest.raises(ConfigError, match="duplicate bus ID 1-1"):
         parse_devices(["1-1=0951:1666", "1-1=0403:6001"])
 
 

@@ -148,7 +148,7 @@ class Chaos:
         self.lost_locks: dict[tuple[DeviceKey, str], float] = {}
         """Time (loop seconds) at which somebody else last took the lock of a device from a node."""
         self.moved: dict[DeviceKey, DeviceKey] = {}
-        """Present bus ids of the devices that were plugged in elsewhere."""
+        """Present bus IDs of the devices that were plugged in elsewhere."""
         self.flashed: dict[DeviceKey, VirtualDevice] = {}
         """Sticks that have another USB ID now, as they are listed with it."""
         self.ended_badly: list[str] = []
@@ -672,7 +672,7 @@ class Chaos:
         return True
 
     def do_replug_elsewhere(self, action: Action, _node: ClusterNode) -> bool:
-        """Moves a device to another port of its server: another bus id with the same serial number."""
+        """Moves a device to another port of its server: another bus ID with the same serial number."""
         device = self._device(action)
         moved = DeviceKey(device.server, f"9-{device.busid.replace('-', '.')}")
 
@@ -694,14 +694,14 @@ class Chaos:
         return self.during(action, ("unbound", device), lambda: self._put(device, None), lambda: self._restore(device))
 
     def do_swap(self, action: Action, _node: ClusterNode) -> bool:
-        """Replaces a device by one of another kind under the same bus id."""
+        """Replaces a device by one of another kind under the same bus ID."""
         device = self._device(action)
         first = self._first(device)
         other = (dongle if first.usb_id == stick("x").usb_id else stick)(device.busid, "SWAPPED")
         return self.during(action, ("swapped", device), lambda: self._put(device, other), lambda: self._restore(device))
 
     def do_change_usb_id(self, action: Action, _node: ClusterNode) -> bool:
-        """Gives a stick another USB ID under its bus id, with or without its serial number, and later its own again."""
+        """Gives a stick another USB ID under its bus ID, with or without its serial number, and later its own again."""
         device = self._device(action)
         first = self._first(device)
         if first.usb_id != STICK or any(self.active(what, device) for what in ("moved", "unbound", "swapped")):

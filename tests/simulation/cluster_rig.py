@@ -110,7 +110,7 @@ def attachment_of(node: ClusterNode, device: DeviceKey) -> Attachment:
 
 
 def replug(server: VirtualServer, *devices: VirtualDevice) -> None:
-    """Plugs devices in, in place of those that have their bus ids."""
+    """Plugs devices in, in place of those that have their bus IDs."""
     for device in devices:
         server.unplug(device.busid)
     for device in devices:

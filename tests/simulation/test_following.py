@@ -1,4 +1,4 @@
-"""A pod's device that comes back under another bus id is attached from there, by its serial number."""
+"""A pod's device that comes back under another bus ID is attached from there, by its serial number."""
 
 import asyncio
 import contextlib
@@ -179,7 +179,7 @@ async def test_while_a_device_stays_away_a_free_one_of_its_kind_is_read_once() -
         epoch = c.backend.leases[HERE.id].transitions
         await asyncio.sleep(3000)
         assert c.backend.leases[HERE.id].transitions == epoch
-        # the next device at this bus id is read
+        # the next device at this bus ID is read
         lab.unplug("1-2")
         await c.becomes(c["node-b"], HERE, healthy=False, within=FOUND_S)
         lab.plug(stick("1-2", "RED"))
@@ -199,7 +199,7 @@ async def test_another_device_of_its_kind_under_its_own_busid_is_not_taken_for_i
         lab.unplug("1-2")
         replug(lab, stick("1-1", "RED"))
         await found_again(c, node)
-        assert node.attached() == {HOME}, "back at its own bus id"
+        assert node.attached() == {HOME}, "back at its own bus ID"
         assert await c.settle(lambda: c.holder(HERE) == "", 5)
 
 
@@ -256,7 +256,7 @@ async def test_an_allocate_of_the_place_fails_and_names_the_former_bus_id() -> N
         with pytest.raises(ClaimBusy, match="it is the device that was allocated as lab:3240/1-1"):
             await c.allocate(node, HERE)
         again = await c.allocate(node, HOME)
-        assert again.devices, "the device keeps its former bus id"
+        assert again.devices, "the device keeps its former bus ID"
         assert again.envs["USBIP_STICK_0_BUSID"] == "1-1"
 
 

@@ -1,4 +1,4 @@
-"""Devices selected by the serial number or the class that they report, at any bus id."""
+"""Devices selected by the serial number or the class that they report, at any bus ID."""
 
 import asyncio
 import contextlib

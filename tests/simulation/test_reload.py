@@ -52,7 +52,7 @@ def reload(c: Cluster, *resources: ResourceConfig, allocate_timeout: float = 10.
 
 
 def only(name: str, device: DeviceKey, **more: object) -> ResourceConfig:
-    """Returns a resource of one bus id."""
+    """Returns a resource of one bus ID."""
     return ResourceConfig(name, (DeviceSelector(device.server, Selector(bus_id=device.busid)),), **more)  # type: ignore[arg-type]
 
 

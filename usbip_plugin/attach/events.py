@@ -68,7 +68,7 @@ class EventKind(enum.Enum):
     )
     MOVED = (
         (NORMAL, "DeviceMoved", "Reattach", Regarding.POD),
-        "The device is at another bus id or server, and was re-attached from there.",
+        "The device is at another bus ID or server, and was re-attached from there.",
         "Nothing, unless a selector has the old `bus_id`.",
     )
     NOT_REATTACHED = (

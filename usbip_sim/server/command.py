@@ -47,7 +47,7 @@ def parse_device(text: str, source: str = "--device") -> VirtualDevice:
     if not equals:
         raise wrong(f"must be {DEVICE_FORM}, such as 1-1=0951:1666,serial=A1")
     if not _BUSID.fullmatch(busid) or len(busid) > _MAX_BUSID:
-        raise wrong(f"bus id {busid!r} must look like 1-1 or 1-1.4")
+        raise wrong(f"bus ID {busid!r} must look like 1-1 or 1-1.4")
     numbers = _ID.fullmatch(identity)
     if numbers is None:
         raise wrong(f"{identity!r} must be vendor:product, four hexadecimal digits each, such as 0951:1666")
@@ -67,18 +67,18 @@ def parse_device(text: str, source: str = "--device") -> VirtualDevice:
 
 
 def parse_devices(texts: Iterable[str], source: str = "--device") -> dict[str, VirtualDevice]:
-    """Returns the devices that the texts describe, by bus id. Raises ConfigError, also for a duplicate bus id."""
+    """Returns the devices that the texts describe, by bus ID. Raises ConfigError, also for a duplicate bus ID."""
     devices: dict[str, VirtualDevice] = {}
     for text in texts:
         device = parse_device(text, source)
         if device.busid in devices:
-            raise ConfigError("command line", [f"{source} {text}: duplicate bus id {device.busid}; remove one"])
+            raise ConfigError("command line", [f"{source} {text}: duplicate bus ID {device.busid}; remove one"])
         devices[device.busid] = device
     return devices
 
 
 def read_devices(file: Path) -> dict[str, VirtualDevice]:
-    """Reads a file with one device a line, and returns the devices by bus id. Raises ConfigError.
+    """Reads a file with one device a line, and returns the devices by bus ID. Raises ConfigError.
 
     Ignores empty lines and lines that begin with #.
     """
@@ -113,7 +113,7 @@ async def serve(listen: str, devices: dict[str, VirtualDevice], file: Path | Non
 
     Raises ConfigError if the address or the file is not valid at the start, and OSError if the server cannot listen.
 
-    file: more devices, which replace those with the same bus id. Read again every FOLLOW_INTERVAL seconds; a file that
+    file: more devices, which replace those with the same bus ID. Read again every FOLLOW_INTERVAL seconds; a file that
         is not valid changes nothing.
     """
     host, port = parse_listen(listen)

@@ -46,7 +46,7 @@ class ExportTable:
     violations: a sentence for each import of a device that had an importer; empty while exclusive is True.
     granted, refused: number of imports with status 0, and of all others.
     renumbers: a device has another number after each import. usbip-host does not do this.
-    refusals: the status with which each IMPORT of a bus id is refused, SILENT for no answer. It is listed all the same.
+    refusals: the status with which each IMPORT of a bus ID is refused, SILENT for no answer. It is listed all the same.
     by_port: a device that is plugged in again has the same number. usbip-host does not do this.
     """
 
@@ -115,7 +115,7 @@ class ExportTable:
         return len(export.importers) if export else 0
 
     def plug(self, device: VirtualDevice) -> None:
-        """Plugs a device in. Raises ValueError if its bus id is taken."""
+        """Plugs a device in. Raises ValueError if its bus ID is taken."""
         if device.busid in self._exports:
             raise ValueError(f"{device.busid} is already plugged in")
         before = 0 if self.by_port else self._plugged[device.busid]

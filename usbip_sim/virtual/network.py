@@ -51,7 +51,7 @@ class NetworkConnection(Protocol):
 
     @property
     def live_import(self) -> str | None:
-        """The bus id of an IMPORT over this connection that may be under way or granted, or None."""
+        """The bus ID of an IMPORT over this connection that may be under way or granted, or None."""
 
     def update_timers(self) -> None:
         """Starts and stops keepalive timers after a link, a host or a side of the connection has changed."""

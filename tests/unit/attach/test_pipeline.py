@@ -675,7 +675,7 @@ async def test_the_lock_of_a_location_is_released_after_its_port_is_free(r: Rig)
     assert r.book[KEY.id].moved_to is None
     assert r.locks.locks[KEY.id].holder == ME.node
     await r.pipeline.detach_from_location(KEY.id)
-    assert r.script.count("release 1-2") == 2, "nothing to release at its own bus id"
+    assert r.script.count("release 1-2") == 2, "nothing to release at its own bus ID"
 
 
 # the current attachment

@@ -23,7 +23,7 @@ def test_a_lock_with_an_invalid_server_has_no_device(text: str) -> None:
 
 def test_a_lock_with_the_name_of_another_device_has_no_device() -> None:
     other = lock_of(lease(busid="9-9"))
-    assert (other.key, other.busid) == (None, "9-9"), "the bus id is still shown"
+    assert (other.key, other.busid) == (None, "9-9"), "the bus ID is still shown"
     assert lock_of(lease()).key == KEY
 
 
