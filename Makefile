@@ -131,7 +131,7 @@ lint: $(VENV)/.test ## ruff, formatting, the direction of imports, mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
-	$(BIN)/mypy usbip_plugin usbip_sim tests bench docs .ci/affected.py .ci/figures.py .ci/flakes.py
+	$(BIN)/mypy usbip_plugin usbip_sim tests bench docs release .ci/affected.py .ci/figures.py .ci/flakes.py
 	$(BIN)/python docs/prose.py
 
 format: $(VENV)/.test ## let ruff format and fix what it can

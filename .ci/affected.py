@@ -31,7 +31,7 @@ INPUTS: dict[str, tuple[str, ...]] = {
     # it plays whole agents
     "sim": ("usbip_plugin/", "usbip_sim/", "tests/simulation/"),
     "test-page": ("usbip_plugin/observe/", "tests/page/"),
-    "test-deploy": ("deploy/", "rbac/", "examples/", "tests/deploy/", "tests/rigs/"),
+    "test-deploy": ("release/", ".github/", "deploy/", "rbac/", "examples/", "tests/deploy/", "tests/rigs/"),
     "test-apiserver": (*LOCKS, *OUTSIDE, "tests/apiserver/", "tests/rigs/", "tests/lab/cluster/build.sh"),
     "test-kernel": (*DEVICES, "tests/kernel/", "tests/rigs/", "tests/lab/guest/"),
     "test-image": (*IMAGE, "tests/image/"),

@@ -5,12 +5,14 @@
 #   kind        kind, kubeadm, kube-proxy, coredns
 #   helm        helm
 #   promtool    promtool, and the resource definitions of the Prometheus operator in ../crds
+#   release     actionlint, validate-krew-manifest
 # Kept in the cache ($USBIP_PLUGIN_CACHE, default ~/.cache/usbip-plugin). What is missing or has another version is built from
 # Go modules: Go >= 1.26 and, for runc, libseccomp-dev and pkg-config; about 14 minutes for all groups on 2 cores from an empty
 # module cache. Takes a lock only to build, one for each group. apiserver alone may come from $KUBEBUILDER_ASSETS instead.
 # Exit status 75: something cannot be downloaded (in three tries) or built. That says nothing about the project.
 set -euo pipefail
 K8S=1.37.2 ETCD=3.7.3 CONTAINERD=2.4.2 RUNC=1.5.2 CNI=1.9.1 KIND=0.33.0 COREDNS=1.14.6 HELM=3.22.0 PROMETHEUS=0.316.0 OPERATOR=0.85.0
+ACTIONLINT=1.7.12 KREW=0.4.3
 [ $# -gt 0 ] || set -- apiserver
 if [ "$*" = apiserver ] && [ -n "${KUBEBUILDER_ASSETS:-}" ]; then
   for c in kube-apiserver etcd; do
@@ -158,6 +160,12 @@ group() {
       GOFLAGS=-tags=remove_all_sd command_of promtool "github.com/prometheus/prometheus@v$PROMETHEUS" \
         github.com/prometheus/prometheus/cmd/promtool "${plain[@]}"
       operator_crds podmonitors prometheusrules
+      ;;
+    release)
+      module=github.com/rhysd/actionlint
+      command_of actionlint "$module@v$ACTIONLINT" "$module/cmd/actionlint" "${plain[@]}"
+      module=sigs.k8s.io/krew
+      command_of validate-krew-manifest "$module@v$KREW" "$module/cmd/validate-krew-manifest" "${plain[@]}"
       ;;
     *) echo "no such group: $1" >&2; exit 2 ;;
   esac

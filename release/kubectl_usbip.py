@@ -1,0 +1,5 @@
+"""The entry of the packed `kubectl usbip`, for systems without Python."""
+
+from usbip_plugin.cli.main import kubectl
+
+kubectl()

@@ -1,0 +1,152 @@
+"""What a tag publishes, as far as no registry is needed: the workflows, and the tree that release/prepare.py makes."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.deploy.rendering import ROOT, Tools, by_name, find_tool, run
+from usbip_plugin import __version__
+
+REPOSITORY = "https://git.example.org/team/usbip-plugin"
+IMAGE = "registry.example.org:5000/team/usbip-plugin"
+TAG = f"v{__version__}"
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the project, prepared for publishing."""
+    tree = tmp_path_factory.mktemp("release") / "tree"
+    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", "build", "*.egg-info", "__pycache__"))
+    done = prepare(tree, "--repository", REPOSITORY, "--image", IMAGE, "--tag", TAG)
+    assert (done.returncode, done.stderr) == (0, "")
+    return tree
+
+
+def prepare(tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return run([sys.executable, tree / "release/prepare.py", *arguments], check=False)
+
+
+def test_the_workflows_are_valid() -> None:
+    """Shell scripts in them, too, where shellcheck is installed."""
+    run([find_tool("actionlint", "release"), *sorted(ROOT.glob(".github/workflows/*.yaml"))])
+
+
+def test_every_object_of_the_manifest_has_the_published_image(tools: Tools, prepared: Path) -> None:
+    objects = by_name(run([tools.kubectl, "kustomize", prepared / "deploy"]).stdout)
+    daemon = objects["apps/v1", "DaemonSet", "usbip-system", "usbip-plugin"]
+    images = {container["image"] for container in daemon["spec"]["template"]["spec"]["containers"]}
+    assert images == {f"{IMAGE}:{__version__}"}
+    for overlay in sorted((prepared / "deploy/overlays").iterdir()):
+        if overlay.name != "kind":
+            text = run([tools.kubectl, "kustomize", overlay]).stdout
+            assert f"image: usbip-plugin:{__version__}" not in text, overlay.name
+
+
+def test_the_chart_is_packed_with_what_artifact_hub_shows(prepared: Path, tmp_path: Path) -> None:
+    helm, chart = find_tool("helm", "helm"), prepared / "deploy/helm/usbip-plugin"
+    linted = run([helm, "lint", "--strict", chart])
+    assert "recommended" not in linted.stdout
+    run([helm, "package", chart, "--destination", tmp_path])
+    with tarfile.open(tmp_path / f"usbip-plugin-{__version__}.tgz") as packed:
+        member = packed.extractfile("usbip-plugin/Chart.yaml")
+        assert member is not None
+        described = yaml.safe_load(member)
+        values = packed.extractfile("usbip-plugin/values.yaml")
+        assert values is not None
+        assert yaml.safe_load(values)["image"]["repository"] == IMAGE
+    assert (described["home"], described["sources"]) == (REPOSITORY, [REPOSITORY])
+    images = yaml.safe_load(described["annotations"]["artifacthub.io/images"])
+    assert images == [{"name": "usbip-plugin", "image": f"{IMAGE}:{__version__}"}]
+    assert described["icon"].startswith(f"{REPOSITORY}/raw/{TAG}/")
+    assert (prepared / described["icon"].removeprefix(f"{REPOSITORY}/raw/{TAG}/")).is_file()
+
+
+def test_the_packages_have_the_projects_pages_and_no_relative_link(prepared: Path) -> None:
+    project = tomllib.loads((prepared / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["urls"]["Homepage"] == project["urls"]["Source"] == REPOSITORY
+    assert project["urls"]["Documentation"].startswith(f"{REPOSITORY}/tree/{TAG}/")
+    readme = (prepared / "README.md").read_text(encoding="utf-8")
+    assert "](docs/" not in readme
+    assert "](CONTRIBUTING.md)" not in readme
+    assert f"]({REPOSITORY}/blob/{TAG}/docs/howto/install.md)" in readme
+
+
+def test_the_packages_pass_the_indexes_check(prepared: Path, tmp_path: Path) -> None:
+    build: list[str | Path] = [sys.executable, "-m", "build", "--no-isolation", "--outdir", tmp_path, prepared]
+    run(build, timeout=120)
+    packages = sorted(tmp_path.iterdir())
+    assert [package.name for package in packages] == [
+        f"usbip_plugin-{__version__}-py3-none-any.whl",
+        f"usbip_plugin-{__version__}.tar.gz",
+    ]
+    checked = run([sys.executable, "-m", "twine", "check", "--strict", *packages])
+    assert checked.stdout.count("PASSED") == len(packages)
+
+
+def test_the_krew_manifest_is_valid(prepared: Path, tmp_path: Path) -> None:
+    archives = []
+    for platform in ("linux-amd64", "darwin-arm64", "windows-amd64"):
+        archives.append(tmp_path / f"kubectl-usbip-{platform}.tar.gz")
+        with tarfile.open(archives[-1], "w:gz") as archive:
+            archive.add(ROOT / "LICENSE", "kubectl-usbip/LICENSE")
+    krew: list[str | Path] = [
+        sys.executable,
+        prepared / "release/krew.py",
+        "--repository",
+        REPOSITORY,
+        "--tag",
+        TAG,
+        *archives,
+    ]
+    manifest = tmp_path / "usbip.yaml"
+    manifest.write_text(run(krew).stdout, encoding="utf-8")
+    run([find_tool("validate-krew-manifest", "release"), "-manifest", manifest, "-skip-install"])
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--tag", "v99.0.0", f"the tag must be {TAG}"),
+        ("--image", f"{IMAGE}:latest", "without a tag"),
+        ("--image", "usbip-plugin", "with its registry"),
+        ("--repository", "git@example.org:team/usbip-plugin", "expected a URL"),
+    ],
+)
+def test_what_cannot_be_published_is_refused(tmp_path: Path, flag: str, value: str, message: str) -> None:
+    arguments = {"--repository": REPOSITORY, "--image": IMAGE, "--tag": TAG, flag: value}
+    (tmp_path / "usbip_plugin").mkdir()
+    (tmp_path / "release").mkdir()
+    shutil.copy(ROOT / "usbip_plugin/__init__.py", tmp_path / "usbip_plugin")
+    shutil.copy(ROOT / "release/prepare.py", tmp_path / "release")
+    done = prepare(tmp_path, *(word for pair in arguments.items() for word in pair))
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+def test_a_tree_is_prepared_once(prepared: Path) -> None:
+    done = prepare(prepared, "--repository", REPOSITORY, "--image", IMAGE, "--tag", TAG)
+    assert done.returncode == 2
+    assert "prepared already" in done.stderr
+
+
+def test_the_version_stands_in_one_place_and_every_other_place_agrees() -> None:
+    tracked = run(["git", "-C", ROOT, "ls-files", "*.md", "*.yaml", "Dockerfile", "docs/*"]).stdout.split()
+    written = re.compile(
+        r"(?:usbip-plugin:|newTag: |ARG VERSION=|^(?:appV|v)ersion: )v?([0-9]+\.[0-9]+\.[0-9]+)", re.MULTILINE
+    )
+    found = {
+        (name, version)
+        for name in tracked
+        for version in written.findall((ROOT / name).read_text(encoding="utf-8", errors="replace"))
+    }
+    assert {name for name, version in found if version != __version__} == set()
+    assert {"Dockerfile", "deploy/base/kustomization.yaml", "docs/howto/install.md"} <= {name for name, _ in found}
