@@ -1,4 +1,4 @@
-"""Target: the configuration file."""
+"""Targets: the configuration files of the plugin and of the exporter."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 from tests.fuzz.fuzz_target import Target, fit_to_raise, fit_to_show
 from usbip_plugin.config import schema
 from usbip_plugin.config.document import MAX_PROBLEMS
+from usbip_plugin.config.export import MAX_NAMES, MAX_NETWORKS, MAX_SELECTORS, parse_export
+from usbip_plugin.config.parse import parse_config
 from usbip_plugin.config.reload import _parse
 from usbip_plugin.config.schema import Config, render
 from usbip_plugin.config.selectors import matches
@@ -46,14 +48,32 @@ log-level: debug
 
 def configuration(data: bytes) -> None:
     try:
-        loaded = _parse(Path("config.yaml"), data)
+        loaded = _parse(Path("config.yaml"), data, parse_config)
     except ConfigError as error:
         lines(error.problems)
         fit_to_raise(error, (MAX_PROBLEMS + 2) * MAX_LINE)
         return
     lines(loaded.warnings)
     usable(loaded.config)
-    assert _parse(Path("config.yaml"), data) == loaded
+    assert _parse(Path("config.yaml"), data, parse_config) == loaded
+
+
+def export_configuration(data: bytes) -> None:
+    try:
+        loaded = _parse(Path("export.yaml"), data, parse_export)
+    except ConfigError as error:
+        lines(error.problems)
+        fit_to_raise(error, (MAX_PROBLEMS + 2) * MAX_LINE)
+        return
+    lines(loaded.warnings)
+    config = loaded.config
+    assert len(config.export) <= MAX_SELECTORS
+    assert len(config.names) <= MAX_NAMES
+    assert config.allow is None or 0 < len(config.allow) <= MAX_NETWORKS
+    for selector in config.export:
+        fit_to_show(str(selector), 400)
+        matches(selector, DEVICE)
+    assert _parse(Path("export.yaml"), data, parse_export) == loaded
 
 
 def lines(found: Sequence[str]) -> None:
@@ -93,4 +113,13 @@ def _seeds() -> Iterable[bytes]:
         yield f"resources:\n  a:\n    - target: {{host: h}}\n      selector: {{vendor: {value}}}\n".encode()
 
 
-TARGETS = (Target("configuration", configuration, _seeds, 16384),)
+def _export_seeds() -> Iterable[bytes]:
+    yield b"export: [{vendor: '0951', product: '1666'}, {bus_id: ['1-*', '2-1'], serial: A1, class: '02'}]\n"
+    yield b"export: [{all: true}]\nallow: ['10.0.0.0/8', 'fd00::/8', '1.2.3.4/16']\n"
+    yield b"export: &e []\nallow: *e\nfence: true\nwhenApiIsAway: serve\nnames: [pi.local, '[fd00::1]', 'pi:1']\n"
+
+
+TARGETS = (
+    Target("configuration", configuration, _seeds, 16384),
+    Target("export configuration", export_configuration, _export_seeds, 16384),
+)

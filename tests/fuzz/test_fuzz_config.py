@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.fuzz.brief import brief, no_hang
-from tests.fuzz.fuzz_config import configuration
+from tests.fuzz.fuzz_config import configuration, export_configuration
 from usbip_plugin.config.document import MAX_FILE_BYTES, MAX_PROBLEMS
 from usbip_plugin.config.parse import parse_config
 from usbip_plugin.config.reload import load_config
@@ -234,3 +234,19 @@ CONFIGURATIONS = mapping(
 @given(CONFIGURATIONS, st.booleans())
 def test_any_document_is_a_configuration_or_is_refused(value: object, flow: bool) -> None:
     configuration(yaml.safe_dump(value, default_flow_style=flow, allow_unicode=True).encode("utf-8", "surrogatepass"))
+
+
+EXPORTS = mapping(
+    export=st.lists(almost(SELECTOR), max_size=3),
+    allow=st.lists(st.one_of(ODD, st.sampled_from(["10.0.0.0/8", "10.1.0.0/8", "fd00::/8", "::1"])), max_size=3),
+    fence=st.booleans(),
+    whenApiIsAway=st.sampled_from(["refuse", "serve", "Serve"]),
+    names=st.lists(st.one_of(ODD, st.sampled_from(["pi.local", "[fd00::1]"])), max_size=3),
+)
+
+
+@brief(200)
+@given(EXPORTS, st.booleans())
+def test_any_document_is_an_export_configuration_or_is_refused(value: object, flow: bool) -> None:
+    data = yaml.safe_dump(value, default_flow_style=flow, allow_unicode=True).encode("utf-8", "surrogatepass")
+    export_configuration(data)

@@ -6,7 +6,7 @@ import enum
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from operator import itemgetter
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Concatenate, Generic, ParamSpec, TypeVar
 
 import yaml
 
@@ -34,6 +34,14 @@ _MERGE = "<<"
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 _D = TypeVar("_D")
+
+
+@dataclass(frozen=True, slots=True)
+class Parsed(Generic[_T]):
+    """A valid configuration and the warnings about its file, one line each with its place in the file."""
+
+    config: _T
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)

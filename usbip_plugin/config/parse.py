@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 from usbip_plugin.config import scalars, schema
-from usbip_plugin.config.document import Fields, Node, Problems, Unknown, read_document, read_fields, shown
+from usbip_plugin.config.document import Fields, Node, Parsed, Problems, Unknown, read_document, read_fields, shown
 from usbip_plugin.config.selectors import read_device, report_overlaps
 from usbip_plugin.errors import ConfigError
 from usbip_plugin.model import valid_kind
@@ -52,15 +51,7 @@ _MISNAMED = {
 _CLOSE = 0.6  # least similarity of two kinds (0 to 1, by difflib) at which one may be a misspelling of the other
 
 
-@dataclass(frozen=True, slots=True)
-class Parsed:
-    """A valid configuration and the warnings about its file, one line each with its place in the file."""
-
-    config: schema.Config
-    warnings: tuple[str, ...] = ()
-
-
-def parse_config(text: str, source: str = "config.yaml") -> Parsed:
+def parse_config(text: str, source: str = "config.yaml") -> Parsed[schema.Config]:
     """Returns the configuration in YAML text. Raises ConfigError with all problems found. source: for messages."""
     root = read_document(text, source)
     if root is None or root.empty:

@@ -9,9 +9,10 @@ import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeAlias, TypeVar
 
 from usbip_plugin.clock import Clock
-from usbip_plugin.config.document import MAX_FILE_BYTES
+from usbip_plugin.config.document import MAX_FILE_BYTES, Parsed
 from usbip_plugin.config.parse import parse_config
 from usbip_plugin.config.schema import Config
 from usbip_plugin.errors import ConfigError
@@ -25,21 +26,34 @@ RETRY_S = 5.0
 """Seconds between readings while the file's directory cannot be watched, for instance because it is missing."""
 
 
+C = TypeVar("C")
+Parse: TypeAlias = Callable[[str, str], Parsed[C]]
+"""A parser of a configuration's text, such as parse_config: takes the text and its source, raises ConfigError."""
+
+
 @dataclass(frozen=True, slots=True)
-class LoadedConfig:
+class Loaded(Generic[C]):
     """A configuration as read from disk, its warnings (one line each), and the SHA-256 of the file's bytes."""
 
-    config: Config
+    config: C
     warnings: tuple[str, ...]
     digest: bytes
 
 
-def load_config(path: Path) -> LoadedConfig:
+LoadedConfig: TypeAlias = Loaded[Config]
+
+
+def load(path: Path, parse: Parse[C]) -> Loaded[C]:
     """Reads and checks the file. Blocks.
 
     Raises ConfigError if the file cannot be read, is larger than MAX_FILE_BYTES or is not valid.
     """
-    return _parse(path, _read(path))
+    return _parse(path, _read(path), parse)
+
+
+def load_config(path: Path) -> LoadedConfig:
+    """Reads and checks the plugin's file, as load()."""
+    return load(path, parse_config)
 
 
 def _read(path: Path) -> bytes:
@@ -60,18 +74,18 @@ def _read(path: Path) -> bytes:
     return data
 
 
-def _parse(path: Path, data: bytes) -> LoadedConfig:
+def _parse(path: Path, data: bytes, parse: Parse[C]) -> Loaded[C]:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise ConfigError(str(path), [f"{path}:{line}: must be UTF-8 text"]) from error
-    parsed = parse_config(text, str(path))
-    return LoadedConfig(parsed.config, parsed.warnings, hashlib.sha256(data).digest())
+    parsed = parse(text, str(path))
+    return Loaded(parsed.config, parsed.warnings, hashlib.sha256(data).digest())
 
 
-class ConfigWatcher:
-    """A watcher of the configuration file. Works only while `run()` runs.
+class ConfigWatcher(Generic[C]):
+    """A watcher of a configuration file. Works only while `run()` runs.
 
     Follows also a file in a ConfigMap volume, where the kubelet swaps the symbolic link ..data.
 
@@ -79,18 +93,20 @@ class ConfigWatcher:
     on_error(error): called when the file has become invalid or unreadable or has vanished. Called once for as long as
     the error stays the same. The last configuration passed to on_config, or else initial, stays in force.
     Both run in the event loop and must not block.
-    initial: the result of load_config at start. With None, on_config is called for the first reading too.
+    initial: the result of load at start. With None, on_config is called for the first reading too.
     """
 
     def __init__(
         self,
         path: Path,
+        parse: Parse[C],
         clock: Clock,
-        on_config: Callable[[Config, tuple[str, ...]], None],
+        on_config: Callable[[C, tuple[str, ...]], None],
         on_error: Callable[[ConfigError], None],
-        initial: LoadedConfig | None = None,
+        initial: Loaded[C] | None = None,
     ) -> None:
         self._path = path
+        self._parse = parse
         self._clock = clock
         self._on_config = on_config
         self._on_error = on_error
@@ -102,16 +118,17 @@ class ConfigWatcher:
         directory = DirectoryWatch(self._path.parent, self._clock, recheck=RECHECK_S, poll=RETRY_S, debounce=DEBOUNCE_S)
         with directory:
             while True:
-                await self._check()
+                await self.check()
                 await directory.changed()
 
-    async def _check(self) -> None:
+    async def check(self) -> None:
+        """Reads the file, and calls on_config or on_error if it has changed. Cancel-safe."""
         try:
             data = await asyncio.to_thread(_read, self._path)
             digest = hashlib.sha256(data).digest()
             if digest == self._digest and self._error is None:
                 return
-            loaded = await asyncio.to_thread(_parse, self._path, data)
+            loaded = await asyncio.to_thread(_parse, self._path, data, self._parse)
         except ConfigError as error:
             if str(error) != self._error:
                 self._error = str(error)

@@ -158,7 +158,7 @@ def read_device(node: Node, problems: Problems) -> DeviceSelector | None:
     if "selector" not in fields:
         problems.error(node, f"selector is missing; it {NO_CONDITION}")
     target = fields.read("target", problems, _target, None)
-    selector = fields.read("selector", problems, _selector, Selector())
+    selector = fields.read("selector", problems, read_selector, Selector())
     extras = fields.read("extras", problems, _extras, ())
     return DeviceSelector(target, selector, extras) if target is not None else None
 
@@ -199,7 +199,8 @@ def _target(node: Node, problems: Problems) -> ServerKey | None:
     return ServerKey(host, port) if host is not None else None
 
 
-def _selector(node: Node, problems: Problems) -> Selector:
+def read_selector(node: Node, problems: Problems) -> Selector:
+    """Reads a selector. Adds an error to problems, and returns what it could read, if it is not valid."""
     before = problems.errors
     fields = read_fields(node, problems, SELECTOR_KEYS, Unknown.FAIL_CLOSED, KEYS_ELSEWHERE)
     if fields is None:

@@ -15,6 +15,7 @@ from usbip_plugin import __version__
 from usbip_plugin.attach.cdi import CdiDirectory
 from usbip_plugin.attach.events import DeviceEvent, events_of
 from usbip_plugin.clock import Clock, SystemClock
+from usbip_plugin.config.parse import parse_config
 from usbip_plugin.config.reload import ConfigWatcher, LoadedConfig
 from usbip_plugin.config.schema import DEFAULT_CDI_DIRECTORY, Config
 from usbip_plugin.errors import ConfigError, PluginError
@@ -150,7 +151,12 @@ class _Process:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
         watcher = ConfigWatcher(
-            self._options.config, self._clock, self._reconfigure, self._config_failed, initial=self._loaded
+            self._options.config,
+            parse_config,
+            self._clock,
+            self._reconfigure,
+            self._config_failed,
+            initial=self._loaded,
         )
         async with asyncio.TaskGroup() as tasks:
             running = [

@@ -13,6 +13,7 @@ import pytest
 from tests.rigs.tasks import background
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.config import reload
+from usbip_plugin.config.parse import parse_config
 from usbip_plugin.config.reload import DEBOUNCE_S, ConfigWatcher, LoadedConfig, load_config
 from usbip_plugin.config.schema import Config
 from usbip_plugin.errors import ConfigError
@@ -45,7 +46,7 @@ class Results:
 @contextlib.asynccontextmanager
 async def watching(path: Path, initial: LoadedConfig | None = None) -> AsyncIterator[Results]:
     results = Results()
-    watcher = ConfigWatcher(path, SystemClock(), results.config, results.error, initial)
+    watcher = ConfigWatcher(path, parse_config, SystemClock(), results.config, results.error, initial)
     async with background(watcher.run()):
         yield results
 
