@@ -87,7 +87,7 @@ def keys() -> tuple[Key, ...]:
             f"{entry}.target.host",
             f"host name or address, up to {scalars.MAX_HOST_CHARACTERS} characters",
             "required",
-            "part of the device's identity: write it in the same way everywhere",
+            "part of the device's identity; a name with a dot is absolute",
         ),
         Key(f"{entry}.target.port", "TCP port, 1 to 65535", f"`{DEFAULT_USBIP_PORT}`", "port of `usbipd`"),
         Key(f"{entry}.selector", "mapping", "required", "the devices of the server that satisfy every given key"),

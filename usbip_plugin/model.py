@@ -19,9 +19,18 @@ _ID_CHARACTERS = 20
 """Characters of the digest in a device ID: 100 bits in base32."""
 
 
+def canonical_host(host: str) -> str:
+    """Returns a host without the dot that ends an absolute DNS name: lab.lan and lab.lan. are one server.
+
+    A name without another dot keeps it: only with it is the name absolute.
+    """
+    bare = host.removesuffix(".")
+    return bare if "." in bare else host
+
+
 @dataclass(frozen=True, order=True, slots=True)
 class ServerKey:
-    """A USB/IP server. host is the configured text, never resolved: it must be the same on every node."""
+    """A USB/IP server. host is the configured text, see canonical_host(), never resolved: the same on every node."""
 
     host: str
     port: int = DEFAULT_USBIP_PORT

@@ -137,7 +137,7 @@ def test_the_test_server_has_the_devices_of_its_configuration(tools: Tools) -> N
     (container,) = containers(objects["apps/v1", "Deployment", NAMESPACE, "usbip-server"])
     for resource in parsed.config.resources:
         (device,) = resource.devices
-        assert (device.target.host, device.target.port) == (f"usbip-server.{NAMESPACE}.svc", port["port"])
+        assert (device.target.host, device.target.port) == (service["metadata"]["name"], port["port"])
         vendor, product = device.selector.vendor, device.selector.product
         assert isinstance(vendor, int)
         assert isinstance(product, int)
@@ -206,6 +206,12 @@ def test_the_plugin_runs_on_every_node_and_is_not_preempted(tools: Tools) -> Non
     assert spec["tolerations"] == [{"operator": "Exists"}]
     assert spec["priorityClassName"] == "system-node-critical"
     assert spec["serviceAccountName"] == "usbip-plugin"
+
+
+def test_the_name_of_a_server_is_not_first_one_of_a_service(tools: Tools) -> None:
+    spec = plugin(tools)
+    assert spec["dnsPolicy"] == "ClusterFirstWithHostNet"
+    assert spec["dnsConfig"] == {"options": [{"name": "ndots", "value": "1"}]}
 
 
 def test_only_the_plugin_gets_a_token(tools: Tools) -> None:

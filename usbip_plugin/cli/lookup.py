@@ -33,6 +33,7 @@ from usbip_plugin.model import (
     Lock,
     PodRef,
     ServerKey,
+    canonical_host,
     valid_busid,
 )
 from usbip_plugin.usbip.client import DeviceList, UsbipClient, why_unlisted
@@ -297,7 +298,8 @@ def named_key(name: str) -> DeviceKey | None:
     if match is None or not valid_busid(match["busid"]):
         return None
     port = int(match["port"] or DEFAULT_USBIP_PORT)
-    return DeviceKey(ServerKey(match["host"].strip("[]"), port), match["busid"]) if 0 < port < 65536 else None
+    host = canonical_host(match["host"].strip("[]"))
+    return DeviceKey(ServerKey(host, port), match["busid"]) if 0 < port < 65536 else None
 
 
 async def find_config(options: argparse.Namespace, kube: Api, namespace: str) -> tuple[Config | None, str]:

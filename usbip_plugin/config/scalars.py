@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from usbip_plugin.config.document import Node, Problems, shown
 from usbip_plugin.config.schema import path_problem
-from usbip_plugin.model import HUB_CLASS, UsbId
+from usbip_plugin.model import HUB_CLASS, UsbId, canonical_host
 
 MAX_BUS_ID_GLOB = 64  # characters of a bus ID or a glob over bus IDs; a bus ID in a USB/IP message has at most 31
 MAX_SERIAL_CHARACTERS = 126  # characters of a serial number; a USB string descriptor cannot hold more
@@ -153,14 +153,14 @@ def port(node: Node, problems: Problems) -> int | None:
 
 
 def host(node: Node, problems: Problems) -> str | None:
-    """Reads a host name or address. Keeps it as written, except for brackets around an IPv6 address."""
+    """Reads a host name or address, without brackets around an IPv6 address, see also canonical_host()."""
     text = node.scalar or ""
     bare = text[1:-1] if text.startswith("[") and text.endswith("]") else text
     if bare and len(bare) <= MAX_HOST_CHARACTERS and _HOST.fullmatch(bare):
         if re.fullmatch(r"[^:]*:[0-9]+", bare):
             problems.error(node, f"{text} contains a port; write the port in target.port")
             return None
-        return bare
+        return canonical_host(bare)
     problems.error(node, f"{node.describe()} is not a valid host name or address")
     return None
 

@@ -74,6 +74,7 @@ def test_the_error_of_an_unknown_name_has_the_number_of_known_devices(name: str)
         ("lab/1-1", DeviceKey(ServerKey("lab", 3240), "1-1")),
         ("lab:99/1-1.2", DeviceKey(ServerKey("lab", 99), "1-1.2")),
         ("[fd00::1]:99/1-1", DeviceKey(ServerKey("fd00::1", 99), "1-1")),
+        ("lab.lan.:99/1-1", DeviceKey(ServerKey("lab.lan", 99), "1-1")),
         ("lab:0/1-1", None),
         ("lab:65536/1-1", None),
         ("lab", None),

@@ -607,3 +607,12 @@ resources:
     assert same.startswith("config.yaml:5: resources.a[1]: same target and selector as resources.a[0] (line 4)")
     assert missing.startswith("config.yaml:7: resources.b[0].target: host is missing")
     assert "did you mean host?" in hint
+
+
+@pytest.mark.parametrize(
+    ("written", "host"),
+    [("lab.lan.", "lab.lan"), ("lab.lan", "lab.lan"), ("10.0.0.1.", "10.0.0.1"), ("lab.", "lab."), ("lab", "lab")],
+)
+def test_a_name_with_and_without_the_dot_at_its_end_is_one_server(written: str, host: str) -> None:
+    (server,) = parse_config(one_target(f"{{host: {written}}}")).config.servers()
+    assert server.host == host

@@ -8,13 +8,15 @@ import socket
 import struct
 import threading
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.errors import ServerTimeout, ServerUnreachable
 from usbip_plugin.model import DeviceKey, ServerKey, UsbId
-from usbip_plugin.usbip.client import USER_TIMEOUT_MS, Addresses, Connector, TcpUsbipClient
+from usbip_plugin.usbip import client as client_module
+from usbip_plugin.usbip.client import USER_TIMEOUT_MS, Addresses, Connector, TcpUsbipClient, resolve
 from usbip_plugin.usbip.wire import ImportReply, encode_import_reply
 from usbip_sim.server.usbdevice import VirtualDevice
 
@@ -90,6 +92,77 @@ async def test_a_name_is_looked_up_once_at_a_time_and_in_one_thread(listener: so
         (await connector.connect(ServerKey("lab-pc.test"))).close()
     assert names.asked == 2, "an answer is not kept"
     connector.close()
+
+
+async def test_names_that_are_not_answered_delay_no_other_name(listener: socket.socket) -> None:
+    stuck = StuckNames([])
+
+    def resolve(server: ServerKey) -> Addresses:
+        return [address(*listener.getsockname())] if server.host == "lab-pc.test" else stuck(server)
+
+    connector = Connector(resolve)
+    waiting = [asyncio.ensure_future(connector.connect(ServerKey(f"pc-{number}.silent"))) for number in range(40)]
+    await asyncio.sleep(0)
+    async with asyncio.timeout(PATIENCE):
+        (await connector.connect(ServerKey("lab-pc.test"))).close()
+    assert not any(one.done() for one in waiting)
+    connector.close()
+    stuck.go.set()
+    assert all(
+        isinstance(end, asyncio.CancelledError) for end in await asyncio.gather(*waiting, return_exceptions=True)
+    )
+
+
+REAL, OF_A_SERVICE = "192.0.2.1", "10.96.0.66"
+"""Addresses of the server that an administrator means, and of a Service that a user of the cluster named like it."""
+
+
+@pytest.fixture
+def names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
+    """A resolver with a pod's search path, by a dict of absolute names; /etc/hosts is an empty file."""
+    answers: dict[str, str] = {}
+
+    def getaddrinfo(host: str, port: int, **_: object) -> Addresses:
+        search = (
+            () if host.endswith(".") else ("usbip-system.svc.cluster.local.", "svc.cluster.local.", "cluster.local.")
+        )
+        for name in (*(f"{host}.{suffix}" for suffix in search), host if host.endswith(".") else f"{host}."):
+            if name in answers:
+                return [address(answers[name], port)]
+        if host in answers.values():
+            return [address(host, port)]
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(client_module, "HOSTS", tmp_path / "hosts")
+    (tmp_path / "hosts").write_text("")
+    return answers
+
+
+@pytest.mark.parametrize("real_name_exists", [True, False])
+def test_no_service_takes_the_name_of_a_server(names: dict[str, str], real_name_exists: bool) -> None:
+    names["lab-pi.lan.svc.cluster.local."] = OF_A_SERVICE
+    names["lab-pi.lan.usbip-system.svc.cluster.local."] = OF_A_SERVICE
+    if not real_name_exists:
+        with pytest.raises(ServerUnreachable, match="no such host"):
+            resolve(ServerKey("lab-pi.lan"))
+        return
+    names["lab-pi.lan."] = REAL
+    assert resolve(ServerKey("lab-pi.lan")) == [address(REAL, 3240)]
+
+
+def test_a_name_without_a_dot_is_a_service_of_the_plugins_namespace(names: dict[str, str]) -> None:
+    names["usbip-server.usbip-system.svc.cluster.local."] = OF_A_SERVICE
+    assert resolve(ServerKey("usbip-server")) == [address(OF_A_SERVICE, 3240)]
+
+
+def test_the_hosts_file_comes_first(names: dict[str, str], tmp_path: Path) -> None:
+    names["lab-pi.lan."] = OF_A_SERVICE
+    names["x."] = REAL
+    (tmp_path / "hosts").write_text(f"127.0.0.1 localhost\n# {OF_A_SERVICE} lab-pi.lan\n{REAL}\tpi Lab-Pi.lan # x\n")
+    assert resolve(ServerKey("lab-pi.LAN")) == [address(REAL, 3240)]
+    (tmp_path / "hosts").unlink()
+    assert resolve(ServerKey("lab-pi.lan")) == [address(OF_A_SERVICE, 3240)]
 
 
 @pytest.mark.parametrize("host", ["no..host", "x" * 300])
