@@ -249,10 +249,10 @@ async def test_two_devices_under_one_path_are_refused_before_either_is_touched()
 
 @stepped
 async def test_paths_that_only_the_devices_make_equal_undo_the_allocate() -> None:
-    sticks, path = (stick("1-1", "SAME"), stick("1-2", "SAME")), "/dev/{serial}"
+    sticks, path = (stick("1-1", "SAME"), stick("1-2", "SAME")), "/dev/stick-{serial}"
     async with offered(*sticks, nodes=1, container_paths=(path,), cdi=True) as (c, _lab, devices):
         node = c["node-a"]
-        assert "would both have the path /dev/SAME" in str(await node.admit(pod("p"), "stick", 2))
+        assert "would both have the path /dev/stick-SAME" in str(await node.admit(pod("p"), "stick", 2))
         assert await nothing_left(c, node, *devices)
         assert not node.specs.texts
 

@@ -23,6 +23,8 @@ MAX_VALUE = 128
 _EVERY = frozenset({"kind", "name"})
 _CHILDREN = frozenset({"number", "interface"})
 _DISTINCT = frozenset({"index", "name", "busid", "serial"})
+_OUTSIDE = frozenset({"busid", "serial", "manufacturer", "model"})
+"""Fields whose values the device or its server chooses."""
 _FIELD = re.compile(r"\{([^{}]*)\}")
 _UNSAFE = re.compile(r"[^0-9A-Za-z._-]")
 
@@ -56,7 +58,10 @@ def path_problem(path: str) -> str | None:
 
 
 def template_problem(template: str) -> str | None:
-    """Returns why this is not a valid containerPath template, or None: an absolute path, with FIELDS in braces."""
+    """Returns why this is not a valid containerPath template, or None: an absolute path, with FIELDS in braces.
+
+    A part between slashes is never a device's choice alone: as /dev/{serial}, it could become the container's urandom.
+    """
     if (problem := path_problem(template)) is not None:
         return problem
     for name in _FIELD.findall(template):
@@ -64,6 +69,12 @@ def template_problem(template: str) -> str | None:
             return f"unknown field {{{shown(name)}}}; expected one of {', '.join(f'{{{known}}}' for known in FIELDS)}"
     if set(_FIELD.sub("", template)) & set("{}"):
         return f"{shown(template)} has an unmatched brace"
+    for part in template.split("/"):
+        chosen = next((name for name in _FIELD.findall(part) if name in _OUTSIDE), None)
+        if chosen is not None and not _FIELD.sub("", part):
+            return (
+                f"{{{chosen}}} needs text beside it, as in usb-{part}: the device could take another file's name"
+            )
     return None
 
 

@@ -157,6 +157,16 @@ def test_fields_are_replaced_by_their_values() -> None:
     assert template_problem("/dev/{kind}{index}") is None
 
 
+@pytest.mark.parametrize("field", ["busid", "serial", "manufacturer", "model"])
+def test_a_device_cannot_take_the_name_of_another_file(field: str) -> None:
+    for part in (f"{{{field}}}", f"{{{field}}}{{index}}", f"{{model}}{{{field}}}"):
+        for template in (f"/dev/{part}", f"/{part}/tty", f"/dev/of-{{serial}}/{part}"):
+            problem = template_problem(template)
+            assert problem is not None
+            assert f"as in usb-{part}" in problem
+    assert template_problem(f"/dev/usb-{{{field}}}/{{{field}}}.tty") is None
+
+
 @pytest.mark.parametrize("template", ["dev/x", "/dev/{foo}", "/dev/../x", "/dev/{", "/dev/}x", "/dev/{index", ""])
 def test_an_invalid_template_is_refused(template: str) -> None:
     assert template_problem(template) is not None
