@@ -31,8 +31,10 @@ from kubernetes_asyncio.client.rest import RESTClientObject  # noqa: E402
 from kubernetes_asyncio.config.config_exception import ConfigException  # noqa: E402
 from kubernetes_asyncio.config.incluster_config import InClusterConfigLoader  # noqa: E402
 
-# Seconds for one request or one page of a list, and for opening a watch.
+# Seconds for one request, for connecting, and for opening a watch.
 REQUEST_TIMEOUT_S = 5.0
+# Seconds for one page of a list. A loaded API server lets it wait; its own limit for a request is 60 s by default.
+LIST_TIMEOUT_S = 60.0
 # Seconds of silence after which a watch fails. The API server sends a bookmark about every 60 s on an idle watch.
 WATCH_IDLE_S = 90.0
 # Seconds after which the API server is asked to end a watch: at random between this number and WATCH_SPREAD times it.
@@ -85,7 +87,7 @@ class Api(Protocol):
         """
 
     async def list(
-        self, path: str, *, resource: str, params: Params | None = None, timeout: float = REQUEST_TIMEOUT_S
+        self, path: str, *, resource: str, params: Params | None = None, timeout: float = LIST_TIMEOUT_S
     ) -> dict[str, Any]:
         """Returns a whole collection, {"metadata": ..., "items": [...]}, at one resourceVersion.
 
@@ -155,7 +157,7 @@ class KubeClient:
             return decoded(data, verb, resource)
 
     async def list(
-        self, path: str, *, resource: str, params: Params | None = None, timeout: float = REQUEST_TIMEOUT_S
+        self, path: str, *, resource: str, params: Params | None = None, timeout: float = LIST_TIMEOUT_S
     ) -> dict[str, Any]:
         items: list[Any] = []
         query = {"limit": str(LIST_PAGE), **(params or {})}
@@ -217,7 +219,9 @@ class KubeClient:
                 headers=headers,
                 body=body,
                 _preload_content=False,
-                _request_timeout=aiohttp.ClientTimeout(total=timeout, sock_read=None if timeout else WATCH_IDLE_S),
+                _request_timeout=aiohttp.ClientTimeout(
+                    total=timeout, sock_connect=REQUEST_TIMEOUT_S, sock_read=None if timeout else WATCH_IDLE_S
+                ),
             )
             return response
 

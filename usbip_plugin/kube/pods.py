@@ -26,8 +26,6 @@ log = logging.getLogger(__name__)
 
 PODS_PATH = "/api/v1/pods"
 PODS = "pods"
-# Seconds for one page of the list.
-LIST_TIMEOUT_S = 10.0
 # Seconds before the first and, at most, before a later retry.
 RETRY_S = (0.5, 30.0)
 MANY = 1 << 20
@@ -152,7 +150,7 @@ class OwnPods(Reflector[dict[str, Any]]):
         return self.synced and state is not None and state.phase is PodPhase.ENDED
 
     async def _list(self) -> str:
-        answer = await self._api.list(PODS_PATH, resource=PODS, params=self._selector, timeout=LIST_TIMEOUT_S)
+        answer = await self._api.list(PODS_PATH, resource=PODS, params=self._selector)
         pods = dict(found for item in answer.get("items") or () if (found := read_pod(item)) is not None)
         for key in [key for key in self._pods if key not in pods]:
             self._forget(key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from usbip_plugin.clock import SystemClock
 from usbip_plugin.errors import ConfigError, KubeError, KubeUnreachable
 from usbip_plugin.kube import client as kube_client
 from usbip_plugin.kube import lazy_imports
+from usbip_sim.virtual.loop import SimClock, virtual
 
 IMPORTED = """
 import sys
@@ -103,6 +105,44 @@ async def test_watches_opened_together_end_at_different_times() -> None:
         await client.close()
     assert all(300 <= seconds <= 600 for seconds in asked)
     assert len(set(asked)) > 20
+
+
+class Answered(Exception):
+    """The API server has answered."""
+
+
+@virtual
+async def test_a_slow_api_server_answers_a_list_in_time_and_a_request_is_given_up_soon() -> None:
+    clock = SimClock(asyncio.get_running_loop())
+
+    class Client(kube_client.KubeClient):
+        async def _send(self, *_: object) -> aiohttp.ClientResponse:
+            await clock.sleep(55)
+            raise Answered
+
+    began = clock.monotonic()
+    client = Client(Configuration(), no_token, clock)
+    with pytest.raises(Answered):
+        await client.list("/api/v1/pods", resource="pods")
+    with pytest.raises(KubeUnreachable, match="no answer in time"):
+        await client.request("get", "/api/v1/pods/p", resource="pods")
+    assert clock.monotonic() - began == pytest.approx(55 + 5)
+    await client.close()
+
+
+async def test_connecting_for_a_list_is_given_up_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = kube_client.KubeClient(Configuration(), no_token, SystemClock())
+    limits: list[aiohttp.ClientTimeout] = []
+
+    async def request(*_: object, _request_timeout: aiohttp.ClientTimeout, **__: object) -> aiohttp.ClientResponse:
+        limits.append(_request_timeout)
+        raise aiohttp.ServerDisconnectedError
+
+    monkeypatch.setattr(client._rest, "request", request)
+    with pytest.raises(KubeUnreachable):
+        await client.list("/api/v1/pods", resource="pods")
+    assert [(limit.sock_connect, limit.total) for limit in limits] == [(5, 60)]
+    await client.close()
 
 
 def test_a_programming_error_is_not_an_unreachable_server() -> None:
