@@ -26,6 +26,7 @@ from tests.simulation.cluster_rig import (
 from tests.simulation.trace_stories import Story, life, played, pod_known
 from usbip_plugin.attach.monitor import PORT_CHECK_INTERVAL
 from usbip_plugin.model import Reason
+from usbip_plugin.observe import logs
 from usbip_plugin.observe.logs import PACKAGES, set_up_logging
 from usbip_sim.virtual.steploop import stepped
 
@@ -51,11 +52,13 @@ def idle_s(long_form: bool) -> float:
 
 
 @pytest.fixture
-def written() -> Iterator[Written]:
+def written(monkeypatch: pytest.MonkeyPatch) -> Iterator[Written]:
     """Collects all that the process logs at the default level."""
     root, packages = logging.getLogger(), [logging.getLogger(name) for name in PACKAGES]
     levels = [logger.level for logger in (root, *packages)]
     stream = Written()
+    # all nodes of the simulation write to it
+    monkeypatch.setattr(logs, "LINES", 10 * logs.LINES)
     handler = set_up_logging(DEFAULT_LEVEL, stream)
     yield stream
     root.removeHandler(handler)

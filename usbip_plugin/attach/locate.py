@@ -169,7 +169,7 @@ class DeviceLocator:
         self._lost_at: dict[str, float] = {}
         self._readings: dict[DeviceKey, SerialReading] = {}
         self._probing: dict[str, Candidate] = {}
-        self._failures: dict[str, str] = {}
+        self._failures: dict[DeviceKey, str] = {}
         self._unlisted: dict[str, tuple[Candidate, float]] = {}
         tasks.book.subscribe(self._claim_changed)
 
@@ -178,7 +178,7 @@ class DeviceLocator:
         self._poller.poll_eagerly(possible_servers(self._resources.config, lost))
 
     def server_changed(self, view: ServerView) -> None:
-        """Forgets what was read from devices that a server does not list now. To be called at each change of a view.
+        """Forgets what is known of devices that a server does not list now. To be called at each change of a view.
 
         Devices that this node is probing, or has just probed, count as listed.
         """
@@ -189,6 +189,9 @@ class DeviceLocator:
             key: reading
             for key, reading in self._readings.items()
             if key.server != view.server or key in present or reading.devid is None
+        }
+        self._failures = {
+            key: text for key, text in self._failures.items() if key.server != view.server or key in present
         }
 
     def lost(self, device_id: str) -> None:
@@ -295,8 +298,8 @@ class DeviceLocator:
             await self.probe(key, candidate.descriptor)
         except PluginError as error:
             # each try to find the lost device probes this one again: the same failure is logged once
-            if isinstance(error, UsbipError) and self._failures.get(key.id) != str(error):
-                self._failures[key.id] = str(error)
+            if isinstance(error, UsbipError) and self._failures.get(key) != str(error):
+                self._failures[key] = str(error)
                 log.info("serial number not read", extra={"device": str(key), "cause": str(error)})
             self._remember(key, None, "", RETRY_AFTER)
         finally:

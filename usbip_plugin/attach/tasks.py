@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import weakref
 from collections.abc import Coroutine
 
 from usbip_plugin.claims import ClaimBook
@@ -37,7 +38,8 @@ class DeviceTasks:
         self._clock = context.clock
         self._rng = context.rng
         self._tracer = context.tracer
-        self._mutexes: dict[str, asyncio.Lock] = {}
+        # only of the devices that work is done on: a server may list other bus IDs at each poll
+        self._mutexes: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         self._group: asyncio.TaskGroup | None = None
         self._running = asyncio.Event()
         self._api = Broadcast()

@@ -72,9 +72,7 @@ def template_problem(template: str) -> str | None:
     for part in template.split("/"):
         chosen = next((name for name in _FIELD.findall(part) if name in _OUTSIDE), None)
         if chosen is not None and not _FIELD.sub("", part):
-            return (
-                f"{{{chosen}}} needs text beside it, as in usb-{part}: the device could take another file's name"
-            )
+            return f"{{{chosen}}} needs text beside it, as in usb-{part}: the device could take another file's name"
     return None
 
 

@@ -102,8 +102,6 @@ def _rank(node: str, device_id: str) -> bytes:
     return hashlib.sha256(f"{device_id}/{node}".encode()).digest()
 
 
-PROBE_AGAIN = 1.0
-"""Seconds until another probe after a server's list was found to be out of date: the poller polls it meanwhile."""
 PROBE_RETRY = 10.0
 """Seconds until another probe of a device after a failed one."""
 
@@ -123,7 +121,7 @@ class Prober:
         self._read = probe
         self._running: dict[str, ServerKey] = {}
         self._last: dict[ServerKey, str] = {}
-        self._failures: dict[str, str] = {}
+        self._failures: dict[DeviceKey, str] = {}
         inventory.subscribe(self._evaluated)
 
     def _evaluated(self, evaluation: Evaluation) -> None:
@@ -139,22 +137,29 @@ class Prober:
     async def _probe(self, key: DeviceKey, descriptor: Descriptor) -> None:
         try:
             await self._clock.sleep(probe_delay(self._me, key.id))
+            # the server's list may be older than the identity that another node has read
+            since = self._clock.monotonic()
+            self._poller.poll_soon(key.server)
+            await self._poller.polled_since(key.server, since)
+            if self._poller.view(key.server).find(key.busid) != descriptor:
+                return
             if not needs_probe(self._inventory.snapshot(), key, descriptor):
                 return  # another node was first
             # after a failure, the endless further tries are not traced
-            with untraced() if key.id in self._failures else contextlib.nullcontext():
-                # the server's list may be older than the identity that another node has read
-                if await self._poller.fetch(key) != descriptor:
-                    self._poller.poll_soon(key.server)
-                    await self._clock.sleep(PROBE_AGAIN)
-                    return
+            with untraced() if key in self._failures else contextlib.nullcontext():
                 await self._read(key, descriptor)
-            self._failures.pop(key.id, None)
+            self._failures.pop(key, None)
         except PluginError as error:
-            if self._failures.get(key.id) != str(error):
-                self._failures[key.id] = str(error)
+            if self._failures.get(key) != str(error):
+                self._remember_failure(key, str(error))
                 log.warning("device identity not read yet", extra={"device": str(key), "cause": str(error)})
             await self._clock.sleep(PROBE_RETRY)
         finally:
             self._running.pop(key.id, None)
             self._inventory.invalidate()
+
+    def _remember_failure(self, key: DeviceKey, text: str) -> None:
+        """Remembers a failure, and forgets those of devices that their server has not listed lately."""
+        stays = {server: view.stays for server, view in self._poller.views.items()}
+        self._failures = {k: known for k, known in self._failures.items() if k.busid in stays.get(k.server, ())}
+        self._failures[key] = text

@@ -177,7 +177,9 @@ class Agent:
             on_withdrawn=observer.on_withdrawn,
         )
         # nothing calls the prober: it subscribes to the inventory
-        Prober(context, inventory=self.inventory, poller=self.poller, probe=self.attachments.locator.probe)
+        self.prober = Prober(
+            context, inventory=self.inventory, poller=self.poller, probe=self.attachments.locator.probe
+        )
         self.own_pods = (
             OwnPods(out.kube, out.me.node, out.clock, out.rng, lambda *_: self.usage.pod_may_have_ended())
             if out.kube is not None and out.pods is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice
 from typing import TextIO
@@ -31,6 +32,12 @@ MAX_TRACEBACK = 32 * 1024
 """Characters of the field "error", a traceback."""
 MAX_ITEMS, MAX_ITEM = 256, 256
 """Items of a list in one field, and characters of each item."""
+LINES, LINES_SPAN_S = 10, 60.0
+"""Lines about one subject, see subject_of(), and the seconds in which so many are written."""
+MAX_SUBJECTS = 1024
+"""Subjects that LineLimit counts before it forgets those whose time is over."""
+OWN_WORK = frozenset(f"{PACKAGE}.{module}" for module in ("kubelet.allocate", "attach.release", "attach.adopt"))
+"""Loggers of what the node does for pods, at the rate of the pods."""
 _NAMES = {logging.WARNING: "warn", logging.CRITICAL: "error"}
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
@@ -46,6 +53,7 @@ def set_up_logging(level: str, stream: TextIO, *, json_lines: bool = True) -> lo
     number = LEVELS[level]
     handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonFormatter() if json_lines else TextFormatter())
+    handler.addFilter(LineLimit().filter)
     handler.set_name(PACKAGE)
     root = logging.getLogger()
     for old in [known for known in root.handlers if known.get_name() == PACKAGE]:
@@ -55,6 +63,56 @@ def set_up_logging(level: str, stream: TextIO, *, json_lines: bool = True) -> lo
     for package in PACKAGES:
         logging.getLogger(package).setLevel(number)
     return handler
+
+
+def subject_of(record: logging.LogRecord) -> str | None:
+    """Returns which peer may cause such a record as often as it likes, or None.
+
+    This is a USB/IP server, named by the field `server` or by that of its devices, or "peers" for those of the pages.
+    """
+    fields = vars(record)
+    if record.name in OWN_WORK or not logging.INFO <= record.levelno <= logging.WARNING:
+        return None
+    if "server" in fields:
+        return str(fields["server"])
+    if "device" in fields or fields.get("devices"):
+        device = fields["device"] if "device" in fields else next(iter(fields["devices"]))
+        return str(device).rpartition("/")[0] or str(device)
+    return "peers" if "peer" in fields else None
+
+
+@dataclass(slots=True)
+class _Span:
+    began: float
+    lines: int = 0
+
+
+class LineLimit:
+    """Lets pass LINES lines a minute, info and warn, about one USB/IP server or the peers of the pages.
+
+    A server chooses how often its list changes: without the limit, it could fill the disks of all nodes. The last line
+    of a minute has the field `limit`, the first one after that has `left_out`, the number of lines in between.
+    """
+
+    def __init__(self) -> None:
+        self._spans: dict[str, _Span] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Returns whether to write the record. May add a field to it."""
+        subject = subject_of(record)
+        if subject is None:
+            return True
+        span = self._spans.get(subject)
+        if span is None or not 0 <= record.created - span.began < LINES_SPAN_S:
+            if span is not None and span.lines > LINES:
+                record.left_out = span.lines - LINES
+            if len(self._spans) >= MAX_SUBJECTS:
+                self._spans = {k: s for k, s in self._spans.items() if record.created - s.began < LINES_SPAN_S}
+            span = self._spans[subject] = _Span(record.created)
+        span.lines += 1
+        if span.lines == LINES:
+            record.limit = f"further lines of this minute about {subject} are left out"
+        return span.lines <= LINES
 
 
 def fields_of(record: logging.LogRecord) -> dict[str, object]:

@@ -245,7 +245,7 @@ class ServerPoller:
         self._polled.fire()
 
     def poll_eagerly(self, servers: frozenset[ServerKey]) -> None:
-        """Sets the servers that are polled from now on as if this were the only node, without regard to MAX_RATE.
+        """Sets the servers that are polled from now on as if this were the only node, with MAX_RATE for it alone.
 
         These are the servers with a device that a pod has lost. Polls a server that is new to the set at once.
         """
@@ -269,15 +269,18 @@ class ServerPoller:
         await self._polled.until(lambda: server not in self._views or self._asked.get(server, -math.inf) >= moment)
 
     async def is_exported(self, key: DeviceKey) -> bool:
-        """Asks the server, as fetch() does, whether it lists this device as free.
+        """Asks the server at once, besides all polls, whether it lists this device as free. Cancel-safe.
 
         Returns False if it does not answer, or if it was seen to list devices in use: its list is no evidence then.
+        Does not change views.
         """
         try:
-            return await self.fetch(key) is not None and not self.view(key.server).lists_in_use
+            found = await self._client.devlist(key.server, timeout=self._timeout)
         except UsbipError as error:
             log.debug("cannot ask server for device", extra={"device": str(key), "cause": str(error)})
             return False
+        listed = any(device.busid == key.busid for device in found.devices)
+        return listed and not self.view(key.server).lists_in_use
 
     def note_flaw(self, server: ServerKey, flaw: ServerFlaw) -> None:
         """Records what a polled server does wrong. Counts for as long as this process lives."""
@@ -288,15 +291,6 @@ class ServerPoller:
                 "server does not keep a device to one client", extra={"server": str(server), "cause": flaw.value}
             )
             self._update(server, partial(replace, flaws=self._flaws[server]))
-
-    async def fetch(self, key: DeviceKey) -> Descriptor | None:
-        """Asks the server at once, besides all polls, for its entry of this device.
-
-        Returns None if the server does not list the device. Raises UsbipError if the server does not answer.
-        Cancel-safe. Does not change views.
-        """
-        found = await self._client.devlist(key.server, timeout=self._timeout)
-        return next((device for device in found.devices if device.busid == key.busid), None)
 
     async def run(self) -> None:
         """Runs until cancelled. Waits for the number of nodes, then polls every server in a task of its own."""
@@ -342,7 +336,8 @@ class ServerPoller:
         """
         requested_at = None
         due = self._clock.monotonic() + wait
-        while (left := max(due, asked_at + self._share(server)) - self._clock.monotonic()) > 0:
+        earliest = asked_at + share(1)  # also for a server that is polled eagerly
+        while (left := max(due, earliest, asked_at + self._share(server)) - self._clock.monotonic()) > 0:
             if not await done_within(self._clock, left, request.wait()):
                 break
             request.clear()

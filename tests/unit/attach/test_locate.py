@@ -1,11 +1,18 @@
 """The search for a lost device: the servers that may have it, and the decision by serial numbers."""
 
+import contextlib
+import random
+from typing import Any
+
 import pytest
 
-from tests.rigs.vocabulary import ATTIC, DONGLE, KEY, LAB, OTHER_KEY, STICK, descriptor
+from tests.rigs.clocks import SteppedClock
+from tests.rigs.vocabulary import ATTIC, DONGLE, KEY, LAB, ME, OTHER_KEY, STICK, descriptor
 from usbip_plugin.attach.locate import (
+    UNLISTED_AFTER_PROBE,
     Ambiguous,
     Candidate,
+    DeviceLocator,
     NeedsProbe,
     SerialReading,
     Verdict,
@@ -15,7 +22,11 @@ from usbip_plugin.attach.locate import (
 )
 from usbip_plugin.claims import Claim, ClaimState
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
-from usbip_plugin.model import DeviceKey, ServerKey, UsbId
+from usbip_plugin.context import NodeContext
+from usbip_plugin.errors import DeviceUnknown
+from usbip_plugin.model import DeviceKey, Identity, ServerKey, UsbId
+from usbip_plugin.observe.tracing import Tracing
+from usbip_plugin.usbip.poller import ServerView, listed
 
 
 def candidate(busid: str, serial: str | None, *, probed: bool = True) -> Candidate:
@@ -120,3 +131,40 @@ def test_a_lost_device_is_searched_on_its_server_and_with_a_serial_number_on_tho
         lost = Claim(KEY, STICK, state=ClaimState.REATTACHING, resource=resource, serial=serial)
         assert possible_servers(config, [lost]) == found
     assert possible_servers(config, []) == frozenset()
+
+
+class Unreadable:
+    """A pipeline whose devices have all gone, the claims of a node without any, and everything else a locator needs."""
+
+    def __init__(self) -> None:
+        self.book = self
+
+    def in_use(self, _device_id: str) -> bool:
+        return False
+
+    def mutex(self, _device_id: str) -> contextlib.AbstractAsyncContextManager[None]:
+        return contextlib.nullcontext()
+
+    def subscribe(self, _callback: object) -> None:
+        pass
+
+    async def probe(self, key: DeviceKey, _descriptor: object) -> Identity:
+        raise DeviceUnknown(key)
+
+
+async def test_failed_probes_of_devices_that_a_server_lists_no_longer_are_forgotten() -> None:
+    clock = SteppedClock()
+    context = NodeContext(ME, clock, random.Random(0), Tracing("n", version="1", environ={}).tracer)
+    nothing: Any = Unreadable()
+    locator = DeviceLocator(context, locks=nothing, poller=nothing, resources=nothing, tasks=nothing, pipeline=nothing)
+    view = ServerView(LAB)
+    for number in range(100):
+        device = descriptor(f"9-{number}")
+        view = listed(view, (device,), clock.time)
+        locator.server_changed(view)
+        key = DeviceKey(LAB, device.busid)
+        locator._probing[key.id] = candidate = Candidate(key, device, None, probed=False)
+        await locator._probe(candidate)
+        assert key in locator._failures, "the same failure is logged once"
+        clock.time += 2 * UNLISTED_AFTER_PROBE
+    assert len(locator._failures) <= 2

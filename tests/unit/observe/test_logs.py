@@ -5,15 +5,26 @@ from __future__ import annotations
 import io
 import json
 import logging
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from usbip_plugin.model import PodRef
-from usbip_plugin.observe.logs import LEVELS, PACKAGES, JsonFormatter, TextFormatter, set_up_logging
+from usbip_plugin.observe.logs import (
+    LEVELS,
+    LINES,
+    MAX_SUBJECTS,
+    PACKAGES,
+    JsonFormatter,
+    LineLimit,
+    TextFormatter,
+    set_up_logging,
+)
 from usbip_plugin.observe.tracing import Tracing
 
 LOG = logging.getLogger("usbip_plugin.test")
@@ -58,6 +69,74 @@ def test_a_record_is_one_json_line_with_its_extra_fields_and_trace() -> None:
         "trace_id": span.trace_id,
         "span_id": span.span_id,
     }
+
+
+@pytest.fixture
+def at(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Sets the time of the next records."""
+    now = [1000.0]
+    make = logging.getLogRecordFactory()
+
+    def record(*args: Any, **keywords: Any) -> logging.LogRecord:
+        made = make(*args, **keywords)
+        made.created = now[0]
+        return made
+
+    monkeypatch.setattr(logging, "_logRecordFactory", record)
+    return lambda time: now.__setitem__(0, time)
+
+
+def test_a_server_that_changes_its_list_fills_no_disk_and_hides_no_other_server(at: Callable[[float], None]) -> None:
+    stream = io.StringIO()
+    set_up_logging("info", stream)
+    for number in range(5000):
+        at(1000 + number / 100)
+        LOG.info("device healthy", extra={"device": f"[fd00::1]:3240/9-{number}"})
+        LOG.info("devices shared", extra={"devices": [f"[fd00::1]:3240/9-{number}"], "count": 1})
+        LOG.warning("server flaps", extra={"server": "[fd00::1]:3240"})
+        LOG.info("bad request", extra={"peer": f"192.0.2.{number}"})
+    LOG.info("device healthy", extra={"device": "lab:3240/1-1"})
+    LOG.info("other")
+    LOG.error("lock lost", extra={"device": "[fd00::1]:3240/1-1"})
+    logging.getLogger("usbip_plugin.attach.release").info("released", extra={"device": "[fd00::1]:3240/1-1"})
+    lines = written(stream)
+    about = Counter(
+        str(line.get("server", line.get("device", line.get("devices", line.get("peer"))))) for line in lines
+    )
+    assert sum(count for subject, count in about.items() if "3240/9-" in subject or subject.endswith(":3240")) == LINES
+    assert sum(count for subject, count in about.items() if "192.0.2." in subject) == LINES
+    assert [line["msg"] for line in lines[-4:]] == ["device healthy", "other", "lock lost", "released"]
+    assert [line["limit"] for line in lines if "limit" in line] == [
+        "further lines of this minute about [fd00::1]:3240 are left out",
+        "further lines of this minute about peers are left out",
+    ]
+    at(1060)
+    for _ in range(2):
+        LOG.info("device healthy", extra={"device": "[fd00::1]:3240/1-1"})
+    assert [line.get("left_out") for line in written(stream)[-2:]] == [3 * 5000 - LINES, None]
+
+
+def test_what_the_limit_counts_is_bounded_and_a_clock_set_back_ends_it(at: Callable[[float], None]) -> None:
+    limit = LineLimit()
+
+    def passes(server: str) -> bool:
+        return limit.filter(LOG.makeRecord("x", logging.INFO, "", 0, "m", (), None, extra={"server": server}))
+
+    for number in range(3 * MAX_SUBJECTS):
+        at(1000 + number)
+        assert passes(f"s{number}")
+        assert len(limit._spans) <= MAX_SUBJECTS
+    assert [passes("s") for _ in range(LINES + 1)].count(False) == 1
+    at(0)
+    assert passes("s")
+
+
+def test_nothing_is_left_out_at_debug() -> None:
+    stream = io.StringIO()
+    set_up_logging("debug", stream)
+    for _ in range(100):
+        LOG.debug("device taken by another node", extra={"device": "lab:3240/1-1"})
+    assert len(written(stream)) == 100
 
 
 def test_an_exception_is_a_field_of_its_line() -> None:
