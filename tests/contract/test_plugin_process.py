@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import asyncio.sslproto
+import errno
 import json
 import signal
 import socket
@@ -11,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import asyncinotify
 import pytest
 
 from tests.rigs.command_rig import LIMIT_S, LOOPBACKS, process_restored
@@ -18,6 +20,7 @@ from tests.rigs.fake_api import NAMESPACE
 from tests.rigs.node_rig import Node, Places, run
 from usbip_plugin.cli.main import main
 from usbip_plugin.cli.parser import Exit
+from usbip_plugin.config import reload
 from usbip_plugin.kube.fleet import MAX_NAMED
 from usbip_plugin.model import PodRef, Reason, ServerKey
 from usbip_plugin.node import daemon
@@ -148,6 +151,27 @@ def test_a_changed_configuration_is_reloaded_and_start_only_settings_are_reporte
 
     status, log = run(monkeypatch, places, story)
     assert (status, len(log.having("configuration warning"))) == (0, 1)
+
+
+def test_without_an_inotify_instance_on_the_node_the_plugin_runs_and_reloads(
+    monkeypatch: pytest.MonkeyPatch, places: Places
+) -> None:
+    def none_left(**_: object) -> asyncinotify.Inotify:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(asyncinotify, "Inotify", none_left)
+    monkeypatch.setattr(reload, "RETRY_S", 0.1)
+
+    async def story(node: Node) -> None:
+        await offered(node)
+        places.configure("dongle")
+        await node.log.until("configuration reloaded")
+        await node.until("dongle", {places.device.id: True})
+
+    status, log = run(monkeypatch, places, story)
+    said = log.having("directory cannot be watched, polling instead")
+    assert status == 0
+    assert sorted(vars(record)["directory"] for record in said) == [str(places.home), str(places.plugins)], "once each"
 
 
 def test_without_readable_locks_the_plugin_is_alive_and_not_ready(
