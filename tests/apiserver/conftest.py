@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
 from tests.apiserver.node_tokens import NodeTokens, client_with
-from tests.rigs.api_process import ADMIN_TOKEN, ROOT, Cluster, running_for_tests
-from tests.rigs.plugin_rights import admission_works, apply_rbac, collection
+from tests.rigs.api_process import ADMIN_TOKEN, ROOT, Cluster
+from tests.rigs.plugin_rights import cluster_with_rights, collection
 from usbip_plugin.kube.client import KubeClient
 
 ACCOUNT_NODE = "account-node"
@@ -44,15 +43,6 @@ async def connections_end() -> AsyncIterator[None]:
     for transport in open_():
         transport.abort()
     await asyncio.sleep(0)
-
-
-@contextlib.contextmanager
-def cluster_with_rights(directory: Path) -> Iterator[Cluster]:
-    """Yields an API server with rbac/ applied, once the admission policy is enforced."""
-    with running_for_tests(directory) as made:
-        asyncio.run(apply_rbac(made))
-        asyncio.run(admission_works(made))
-        yield made
 
 
 @pytest.fixture(scope="session")

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from tests.apiserver.conftest import cluster_with_rights
 from tests.rigs import scale_model as model
 from tests.rigs.api_process import Cluster
+from tests.rigs.plugin_rights import cluster_with_rights
 from tests.rigs.scale_api import WRITES, Meter, between
 from tests.rigs.scale_rig import prepared
 from usbip_plugin.locks import record

@@ -21,6 +21,7 @@ import pytest
 from tests.rigs.kubeconfig import kubeconfig
 
 ROOT = Path(__file__).parents[2]
+LOOPBACK = "127.0.0.1"
 ADMIN_TOKEN = "admin-token"
 AUDIT_LOG = "audit.log"
 START_S = 90.0
@@ -50,7 +51,7 @@ keyUsage = critical, digitalSignature
 extendedKeyUsage = serverAuth
 subjectKeyIdentifier = hash
 authorityKeyIdentifier = keyid
-subjectAltName = IP:127.0.0.1, DNS:localhost
+subjectAltName = IP:{address}, DNS:localhost
 """
 
 
@@ -68,7 +69,7 @@ def free_port() -> int:
 
 @dataclass
 class Cluster:
-    """A running API server and etcd. directory: has certificates, logs and data."""
+    """A running API server and etcd. directory: has certificates, logs and data. address: of the API server."""
 
     directory: Path
     bin: Path
@@ -76,11 +77,12 @@ class Cluster:
     etcd_port: int
     api: subprocess.Popen[bytes]
     etcd_pid: int
+    address: str = LOOPBACK
     _old: subprocess.Popen[bytes] | None = None
 
     @property
     def server(self) -> str:
-        return f"https://127.0.0.1:{self.port}"
+        return f"https://{self.address}:{self.port}"
 
     @property
     def ca(self) -> Path:
@@ -113,7 +115,7 @@ class Cluster:
         The first one runs until end_old_api().
         """
         port = free_port()
-        self._old, self.api = self.api, start_api(self.directory, self.bin, port, self.etcd_port)
+        self._old, self.api = self.api, start_api(self.directory, self.bin, port, self.etcd_port, self.address)
         self.port = port
 
     def end_old_api(self) -> None:
@@ -125,7 +127,7 @@ class Cluster:
         """Kills and starts the API server, so that open watches break."""
         self.api.kill()
         self.api.wait()
-        self.api = start_api(self.directory, self.bin, self.port, self.etcd_port)
+        self.api = start_api(self.directory, self.bin, self.port, self.etcd_port, self.address)
 
     def _etcd(self, path: str, body: object) -> dict[str, dict[str, str]]:
         request = urllib.request.Request(
@@ -137,21 +139,21 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def running_for_tests(directory: Path) -> Iterator[Cluster]:
+def running_for_tests(directory: Path, address: str = LOOPBACK) -> Iterator[Cluster]:
     """Runs a cluster. If the binaries cannot be built, ends the test session with the exit status of build.sh."""
     try:
         binaries()
     except subprocess.CalledProcessError as error:
         pytest.exit(str(error), error.returncode)
-    with running(directory) as made:
+    with running(directory, address) as made:
         yield made
 
 
 @contextlib.contextmanager
-def running(directory: Path) -> Iterator[Cluster]:
-    """Runs an API server and its etcd with their files in the directory."""
+def running(directory: Path, address: str = LOOPBACK) -> Iterator[Cluster]:
+    """Runs an API server at an address of this machine, and its etcd, with their files in the directory."""
     found = binaries()
-    _make_keys(directory)
+    _make_keys(directory, address)
     (directory / "tokens.csv").write_text(f"{ADMIN_TOKEN},admin,admin,system:masters\n", encoding="ascii")
     (directory / "audit.yaml").write_text(_AUDIT_POLICY, encoding="ascii")
     etcd_port, peer_port, port = free_port(), free_port(), free_port()
@@ -168,7 +170,8 @@ def running(directory: Path) -> Iterator[Cluster]:
         f"--initial-cluster=default=http://127.0.0.1:{peer_port}",
     )
     try:
-        cluster = Cluster(directory, found, port, etcd_port, start_api(directory, found, port, etcd_port), etcd.pid)
+        api = start_api(directory, found, port, etcd_port, address)
+        cluster = Cluster(directory, found, port, etcd_port, api, etcd.pid, address)
         try:
             yield cluster
         finally:
@@ -179,7 +182,9 @@ def running(directory: Path) -> Iterator[Cluster]:
         shutil.rmtree(directory / "etcd", ignore_errors=True)
 
 
-def start_api(directory: Path, found: Path, port: int, etcd_port: int) -> subprocess.Popen[bytes]:
+def start_api(
+    directory: Path, found: Path, port: int, etcd_port: int, address: str = LOOPBACK
+) -> subprocess.Popen[bytes]:
     """Starts a kube-apiserver, and returns it when it is ready."""
     process = _spawn(
         directory,
@@ -194,26 +199,24 @@ def start_api(directory: Path, found: Path, port: int, etcd_port: int) -> subpro
         f"--tls-cert-file={directory / 'server.crt'}",
         f"--tls-private-key-file={directory / 'server.key'}",
         "--service-cluster-ip-range=10.96.0.0/16",
-        "--bind-address=127.0.0.1",
+        f"--bind-address={address}",
         f"--secure-port={port}",
         "--shutdown-delay-duration=0s",
         f"--audit-policy-file={directory / 'audit.yaml'}",
         f"--audit-log-path={directory / AUDIT_LOG}",
     )
     try:
-        _wait_ready(process, directory, port)
+        _wait_ready(process, directory, f"https://{address}:{port}")
     except BaseException:
         _end(process)
         raise
     return process
 
 
-def _wait_ready(process: subprocess.Popen[bytes], directory: Path, port: int) -> None:
+def _wait_ready(process: subprocess.Popen[bytes], directory: Path, server: str) -> None:
     context = ssl.create_default_context(cafile=str(directory / "ca.crt"))
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context))
-    request = urllib.request.Request(
-        f"https://127.0.0.1:{port}/readyz", headers={"Authorization": f"Bearer {ADMIN_TOKEN}"}
-    )
+    request = urllib.request.Request(f"{server}/readyz", headers={"Authorization": f"Bearer {ADMIN_TOKEN}"})
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline:
         if process.poll() is not None:
@@ -240,10 +243,10 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _make_keys(directory: Path) -> None:
+def _make_keys(directory: Path, address: str) -> None:
     """Writes a CA, a server certificate that every Python accepts, and the key for ServiceAccount tokens."""
     config = directory / "openssl.cnf"
-    config.write_text(_OPENSSL_CONFIG, encoding="ascii")
+    config.write_text(_OPENSSL_CONFIG.format(address=address), encoding="ascii")
 
     def openssl(*arguments: str) -> None:
         subprocess.run(["openssl", *arguments], check=True, cwd=directory, capture_output=True)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from tests.apiserver.node_tokens import NAMESPACE, NodeTokens
-from tests.rigs.api_process import ADMIN_TOKEN, ROOT, Cluster
+from tests.rigs.api_process import ADMIN_TOKEN, LOOPBACK, ROOT, Cluster, running_for_tests
 from usbip_plugin.errors import KubeConflict, KubeForbidden
 from usbip_plugin.kube.client import connect
 
@@ -27,6 +30,15 @@ _COLLECTIONS = {
     "ValidatingAdmissionPolicy": _ADMISSION + "/validatingadmissionpolicies",
     "ValidatingAdmissionPolicyBinding": _ADMISSION + "/validatingadmissionpolicybindings",
 }
+
+
+@contextlib.contextmanager
+def cluster_with_rights(directory: Path, address: str = LOOPBACK) -> Iterator[Cluster]:
+    """Yields an API server with rbac/ applied, once the admission policy is enforced."""
+    with running_for_tests(directory, address) as made:
+        asyncio.run(apply_rbac(made))
+        asyncio.run(admission_works(made))
+        yield made
 
 
 def shipped() -> list[dict[str, Any]]:
