@@ -72,6 +72,14 @@ Faults = Callable[[Operation], Fate]
 
 
 @dataclass(frozen=True, slots=True)
+class Backup:
+    """A copy of all Leases, with the version of the store at that time."""
+
+    leases: Mapping[str, Lease]
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
 class _Change:
     version: int
     type: ChangeType
@@ -88,7 +96,10 @@ class MemoryBackend:
     def __init__(self, history: int = 1000) -> None:
         self.leases: dict[str, Lease] = {}
         self._version = 1
+        self._highest = 1  # of all versions so far
         self._compacted = 0
+        self.restores = 0
+        """Number of restores so far. Each breaks every watch."""
         self._history: list[_Change] = []
         self._length = history
         self.changed = Broadcast()
@@ -106,6 +117,21 @@ class MemoryBackend:
         self._compacted = self._version
         self._history.clear()
         self.changed.fire()
+
+    def backup(self) -> Backup:
+        return Backup(dict(self.leases), self._version)
+
+    def restore(self, backup: Backup, bump: int = 0) -> None:
+        """Replaces all Leases by those of a backup, which have their old versions then. Does not call `on_write`.
+
+        bump: as --bump-revision of `etcdutl snapshot restore`: the store's own version rises by so much. With 0 it goes
+            back to that of the backup. No later write gets a version that a Lease has had before: in a cluster, other
+            objects have most versions.
+        """
+        self.leases = dict(backup.leases)
+        self._version = backup.version + bump
+        self.restores += 1
+        self.compact()
 
     def create(self, lease: Lease) -> Lease:
         if lease.name in self.leases:
@@ -151,7 +177,7 @@ class MemoryBackend:
     def _store(self, kind: ChangeType, lease: Lease, before: Lease | None) -> Lease:
         if kind is ChangeType.MODIFIED and before is not None and lease == before:
             return before  # as in the API server: a write that changes nothing makes no new version
-        self._version += 1
+        self._version = self._highest = max(self._version, self._highest) + 1
         stored = replace(
             lease,
             resource_version=str(self._version),
@@ -255,11 +281,19 @@ class MemoryLeases:
         version, end = int(resource_version), self._clock.monotonic() + WATCH_TIMEOUT_S
         last_event = self._clock.monotonic()
         event = asyncio.Event()
+        restores = self._backend.restores
         watcher = _Watcher(event, self._backend.changed.subscribe(event.set))
         self._watchers[watcher] = None
         try:
+            if version > int(
+                self._backend.version
+            ):  # from before a restore: the server sends nothing, no bookmark either
+                await self._clock.sleep(WATCH_IDLE_S)
+                watcher.broken = True
             while True:
                 watcher.event.clear()
+                watcher.broken = watcher.broken or self._backend.restores != restores
+                _intact(watcher)
                 changes, version = self._backend.since(version, labels)
                 if watcher.replay:
                     count, watcher.replay = watcher.replay, 0

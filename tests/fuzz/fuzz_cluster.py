@@ -128,8 +128,10 @@ def view(data: bytes) -> None:
             except KubeError:
                 continue
     for one in leases:
-        known.put(one)
-        known.missing(one.name, one.resource_version)
+        with known.call(one.name) as call:
+            known.answered(call, one)
+            known.answered(call, None)
+        known.begin_list()
         known.reset(LeaseList(tuple(leases), one.resource_version))
     assert len(known.locks) <= len(leases)
     assert all(record.is_lock_name(name) or name in {one.name for one in leases} for name in known.locks)

@@ -23,7 +23,7 @@ from usbip_plugin.usbip import wire
 from usbip_plugin.vhci.sysfs import PortStatus
 from usbip_sim.kubelet.device_manager import ContainerSpec, EndpointError
 from usbip_sim.kubelet.specs import Resolved, UnresolvableDevice
-from usbip_sim.leases import FINE, RESOURCE, Fate, Lost, Operation
+from usbip_sim.leases import FINE, RESOURCE, Backup, Fate, Lost, Operation
 from usbip_sim.server.exports import SILENT
 from usbip_sim.server.server import VirtualServer
 from usbip_sim.server.usbdevice import VirtualDevice
@@ -47,6 +47,10 @@ EVENT_FAULTS = ("410", "late event")
 """Faults of watches and their events."""
 NODE_FAULTS = ("403",)
 """Faults of patches of a Node only."""
+RESTORED = ("restored, bumped", "restored, not bumped", "restored, a lock in use is not its node's")
+"""Ways in which etcd is restored, and what comes of it."""
+BUMP = 1_000_000_000
+"""By how much a restore raises the version, as https://etcd.io/docs/latest/op-guide/recovery says for Kubernetes."""
 LATE = (0.0, 8.0)
 """Seconds; calls time out after 5."""
 
@@ -152,6 +156,8 @@ class Chaos:
         self.flashed: dict[DeviceKey, VirtualDevice] = {}
         """Sticks that have another USB ID now, as they are listed with it."""
         self.ended_badly: list[str] = []
+        self.unknowable: set[tuple[str, str]] = set()
+        """Nodes with the IDs of devices that their pods have and that their plugins cannot know."""
         self.failing_disks: set[str] = set()
         """Nodes on which a spec that could not be removed may stay until the next start."""
         self.calm = False
@@ -439,6 +445,7 @@ class Chaos:
         def start() -> None:
             if node.process is None:
                 self.note(f"start {node.name}")
+                self._note_unknowable(node)
                 node.start()
 
         self._downs += 1
@@ -530,6 +537,47 @@ class Chaos:
         self.note("compaction")
         self.cluster.backend.compact()
         return True
+
+    def do_restore(self, action: Action, _node: ClusterNode) -> bool:
+        """Backs up the Leases and restores them later, with or without --bump-revision. Every watch breaks then."""
+        made: list[Backup] = []
+        bump = BUMP if action.pick % 2 else 0
+        return self.during(
+            action,
+            ("backup", action.pick),
+            lambda: made.append(self.cluster.backend.backup()),
+            lambda: self._restore_leases(made[0], bump),
+        )
+
+    def _restore_leases(self, backup: Backup, bump: int) -> None:
+        backend, live = self.cluster.backend, self.cluster.network.imports()
+        before = dict(backend.leases)
+        backend.restore(backup, bump)
+        self.fired["restored, bumped" if bump else "restored, not bumped"] += 1
+        for name in sorted({*before, *backend.leases}):
+            lease, after = before.get(name), backend.leases.get(name)
+            key = lock_of(lease or backend.leases[name]).key
+            if key is None or lease == after:
+                continue
+            holder = after.holder if after is not None else ""
+            self.note(f"restored: the lock of {key}: {lease.holder if lease else ''} -> {holder or 'nobody'}")
+            if holder == OUTSIDER and not self.active("robbed", key):
+                self._release(key, OUTSIDER, "let go")
+            for node in {*live.get(key, ()), lease.holder if lease is not None else ""} & self.cluster.nodes.keys():
+                if holder != node:
+                    self.lost_locks[key, node] = loop_of().time()
+                    self.fired["restored, a lock in use is not its node's"] += node in live.get(key, ())
+        for node in self.cluster.nodes.values():
+            self._note_unknowable(node)
+
+    def _note_unknowable(self, node: ClusterNode) -> None:
+        """Notes the devices of the node's pods that its process cannot know: without Lease, attachment and claim.
+
+        Nothing tells which device an ID of a pod means then.
+        """
+        claims = node.agent.claims.view if node.agent is not None else {}
+        known = {*self.cluster.backend.leases, *claims, *(key.id for key in node.attached())}
+        self.unknowable |= {(node.name, i) for entry in node.kubelet.held() for i in entry.device_ids if i not in known}
 
     def do_node_forbidden(self, action: Action, node: ClusterNode) -> bool:
         """Denies the plugin the right to write to its Node."""

@@ -35,7 +35,7 @@ from usbip_plugin.locks import protocol
 from usbip_plugin.locks.manager import Grant, LockSettings
 from usbip_plugin.locks.protocol import Create, Decision, Denied, LockMeta, Observation, Replace, Rules, Write
 from usbip_plugin.locks.record import Lease
-from usbip_plugin.locks.watch import ApiState
+from usbip_plugin.locks.watch import ApiState, LockCache
 from usbip_plugin.locks.writer import AcknowledgedWrite, WriteAttempts, Writer
 from usbip_plugin.model import Attachment, Descriptor, DeviceKey
 from usbip_plugin.usbip.poller import ServerPoller
@@ -60,6 +60,7 @@ detach_and_release = Releaser.detach_and_release
 enumerate_and_compare = Pipeline._enumerate
 replace_lease = MemoryBackend.replace
 run_monitor = AttachmentMonitor.run
+show_lease = LockCache._show
 write_lock = Writer._write
 
 
@@ -163,11 +164,20 @@ async def silence_is_a_yes(
     try:
         return await write_lock(self, key, decision, write, effort)
     except KubeUnreachable:
-        self._view.put(replace(decision.lease, resource_version="1000000"))
+        with self._view.call(key.id) as call:
+            self._view.answered(call, replace(decision.lease, resource_version="1000000"))
         return AcknowledgedWrite(decision.lease, self._clock.monotonic())
 
 
 # beyond the lock
+
+
+def only_if_later(self: LockCache, device_id: str, lease: Lease | None) -> Lease | None:
+    """Takes the order of versions for that of changes."""
+    shown = self._shown.get(device_id)
+    if lease is not None and shown is not None and int(lease.resource_version) < int(shown.resource_version):
+        return shown
+    return show_lease(self, device_id, lease)
 
 
 async def any_serial_number_will_do(
@@ -290,6 +300,11 @@ TAKEN_OUT = shape(*(act(at, "reload", lasts=5) for at in (0, 12, 25)), wait(30))
 REFUSED = shape(act(0, "refused_import", lasts=60), *(act(1 + 2 * n, "race") for n in range(12)), wait(60))
 """The server lists a device and refuses each import, for a minute in which pods come one after the other."""
 MUTE = shape(act(0, "mute_device", lasts=200), *(act(1 + 12 * n, "race") for n in range(16)), wait(200))
+RESTORED = tuple(
+    shape(act(0, "admit"), act(4, "end"), act(10, "restore", lasts=20, pick=bumped), act(14, "admit"), wait(90))
+    for bumped in (1, 0)
+)
+"""A takes the device between a backup and the restore."""
 UNANSWERED = shape(act(0, "api_silent", lasts=30), act(0.1, "admit"))
 
 MUTANTS = (
@@ -384,6 +399,13 @@ MUTANTS = (
 )
 
 OTHERS = (
+    Mutant(
+        "restore",
+        "versions are compared by order",
+        NOT_LOCKED,
+        RESTORED,
+        patched(LockCache, "_show", only_if_later),
+    ),
     Mutant(
         "identity",
         "any serial number will do",

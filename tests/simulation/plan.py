@@ -137,6 +137,9 @@ FAILING = {"refused_import": 30, "mute_device": 45}
 FAILING_RACES = (1.0, 4.0, 9.0, 20.0)
 """Seconds from such an action to each of these Allocates."""
 
+RESTORES = 45
+"""One more restore of etcd in so many actions, to the time of the action, when the action has lasted."""
+
 STOPPED_IMPORTS = 30
 """One more Allocate in so many actions, whose agent is frozen between its lock write and its import."""
 IMPORTING = (10, 45)
@@ -268,6 +271,10 @@ def draw(seed: int, length: int = ACTIONS) -> Plan:
             at = actions[failing.randrange(len(actions))].at
             actions.append(_action(failing, at, kind, failing.randrange(60)))
             actions += [_action(failing, at + later, "race", 0) for later in FAILING_RACES]
+    restores = random.Random(f"restore {seed}")
+    for _ in range(length // RESTORES):
+        at = actions[restores.randrange(len(actions))].at
+        actions.append(_action(restores, at, "restore", 0))
     return Plan(seed, settings, tuple(sorted(actions, key=lambda action: action.at)))
 
 

@@ -116,7 +116,7 @@ class LockManager:
             watched, self._view, me.node, clock, settings.duration, self.rules, self._status_changed
         )
         self.ready = asyncio.Event()
-        self._watcher = LockWatcher(watched, self._view, self._reachability, clock, rng, self.ready)
+        self._watcher = LockWatcher(watched, self._view, self._reachability, clock, rng, self.ready, self._settle)
         self._device_locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         self._mine: set[str] = set()
         self._taking = 0
@@ -339,6 +339,12 @@ class LockManager:
             self._watcher.relist()
         for callback in tuple(self._api_subscribers):
             callback(state)
+
+    async def _settle(self, device_id: str) -> None:
+        """Reads a lock of which a list and an own call, under way at the same time, have shown different records."""
+        async with self._device_lock(device_id):
+            if device_id in self._view.doubtful:
+                await self._writer.read(device_id)
 
     def _orphan(self, device_id: str) -> DeviceKey | None:
         """Returns the device's key if this node holds the lock only by the write of an acquire() that was given up."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections import deque
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TypeVar
@@ -139,93 +141,141 @@ class LockChange:
         return self.new.holder if self.new is not None else ""
 
 
-def newer(version: str, than: str) -> bool:
-    """Returns whether a resourceVersion is later than another.
+RECENT_EVENTS = 64
+"""Watch events whose versions are remembered, so that an event that is delivered again changes nothing."""
 
-    Kubernetes guarantees integers since 1.35. Versions of any other form count as later if they differ.
+
+@dataclass(eq=False, slots=True)
+class OwnCall:
+    """A read or write of one lock by this node that is under way. LockCache.call() makes it.
+
+    passed: the record as list and watch have shown it since the call was sent; None for no Lease.
+    listed: whether a list came meanwhile.
     """
-    if version.isascii() and than.isascii() and version.isdigit() and than.isdigit():
-        # as numbers, of whatever length: int() refuses more than 4300 digits
-        one, other = version.lstrip("0"), than.lstrip("0")
-        return (len(one), one) > (len(other), other)
-    return version != than
+
+    device_id: str
+    passed: list[Lease | None]
+    listed: bool = False
 
 
 class LockCache:
-    """The newest known record of each lock: own reads and writes, lists and watch events, merged by resourceVersion.
+    """The newest known record of each lock. Versions are compared for equality only: a restored etcd has old ones.
+
+    List and watch show every change in order, but late. The answer to an own call may be ahead of them. It counts until
+    the watch brings its version, or until a list that was requested after the answer came.
 
     locks: the records as locks, by device ID; live and read-only.
+    doubtful: devices whose record may be older or newer than the last list. A read that is sent now settles it.
     on_change: called once for each change of a record, in order, from within the call that brought it.
     """
 
     def __init__(self, on_change: Callable[[LockChange], None]) -> None:
         self._on_change = on_change
-        self._leases: dict[str, Lease] = {}
+        self._shown: dict[str, Lease] = {}  # by list and watch
+        self._ahead: dict[str, Lease | None] = {}  # by answers that the watch has not brought yet; None: no Lease
+        self._calls: dict[str, OwnCall] = {}
+        self._answered: set[str] = set()  # devices whose calls were answered since the last list was requested
+        self._recent: deque[str] = deque(maxlen=RECENT_EVENTS)
         self._locks: dict[str, Lock] = {}
         self.locks: Mapping[str, Lock] = MappingProxyType(self._locks)
-        self._gone: dict[str, str] = {}  # device ID -> version of its deletion, since the last list
-        self._floor = "0"  # version of the last list or watch event
+        self.doubtful: set[str] = set()
 
     def lease(self, device_id: str) -> Lease | None:
-        return self._leases.get(device_id)
+        return self._ahead[device_id] if device_id in self._ahead else self._shown.get(device_id)
 
-    def put(self, lease: Lease) -> None:
-        """Stores a record from this node's own read or write, or from a watch event. Ignores an older one."""
-        known = self._leases.get(lease.name)
-        version = known.resource_version if known is not None else self._gone.get(lease.name, "0")
-        if newer(lease.resource_version, version):
-            self._set(lease.name, lease)
+    @contextlib.contextmanager
+    def call(self, device_id: str) -> Iterator[OwnCall]:
+        """Marks that a read or write of this lock is under way in the block. A device has one at a time."""
+        call = self._calls[device_id] = OwnCall(device_id, [self._shown.get(device_id)])
+        try:
+            yield call
+        finally:
+            del self._calls[device_id]
 
-    def missing(self, device_id: str, expected: str) -> None:
-        """Removes a record after a read found no Lease, if it still has the version from before the read (expected)."""
-        known = self._leases.get(device_id)
-        if known is not None and known.resource_version == expected:
-            self._gone[device_id] = expected
-            self._set(device_id, None)
+    def answered(self, call: OwnCall, lease: Lease | None) -> bool:
+        """Stores what the answer to a read or write has shown, None for no Lease. To be called within call().
+
+        Returns False, and changes nothing, if a list came during the call that shows another record: either may be the
+        newer one.
+        """
+        device_id = call.device_id
+        self._answered.add(device_id)
+        shown = self._shown.get(device_id)
+        if call.listed and lease != shown:
+            return False
+        before = self.lease(device_id)
+        self.doubtful.discard(device_id)
+        self._ahead.pop(device_id, None)
+        if lease in call.passed:
+            pass  # list and watch have shown it, and perhaps a newer one
+        elif shown is not None:
+            self._ahead[device_id] = lease
+        elif lease is not None:  # created just now, or without the label by which list and watch find it
+            self._shown[device_id] = lease
+        self._report(device_id, before)
+        return True
 
     def apply(self, change: LeaseChange) -> None:
         """Applies one watch event."""
         lease = change.lease
-        if lease is not None and record.is_lock_name(lease.name):
-            if change.type is ChangeType.DELETED:
-                self._delete(lease.name, change.resource_version)
-            else:
-                self.put(lease)
-        self._floor = change.resource_version
+        if lease is None or not record.is_lock_name(lease.name) or change.resource_version in self._recent:
+            return
+        self._recent.append(change.resource_version)
+        device_id, before = lease.name, self.lease(lease.name)
+        shown = self._show(device_id, None if change.type is ChangeType.DELETED else lease)
+        if device_id in self._calls:
+            self._calls[device_id].passed.append(shown)
+        # a Lease that loses its label is DELETED with its new version
+        if device_id in self._ahead and _version_of(self._ahead[device_id]) in (
+            _version_of(shown),
+            change.resource_version,
+        ):
+            del self._ahead[device_id]
+            self.doubtful.discard(device_id)
+        self._report(device_id, before)
+
+    def begin_list(self) -> None:
+        """To be called right before a list is requested."""
+        self._answered.clear()
 
     def reset(self, listing: LeaseList) -> None:
-        """Replaces the cache by a full list. Keeps a lock that the list lacks if it was written after the list.
-
-        A list older than the last list or event shows an API server restored from a backup: it replaces every record.
-        """
-        restored = newer(self._floor, listing.resource_version)
+        """Replaces the cache by a full list: the truth for every record whose last answer came before its request."""
         listed = {lease.name: lease for lease in listing.items if record.is_lock_name(lease.name)}
-        for name, known in list(self._leases.items()):
-            if name not in listed and (restored or not newer(known.resource_version, listing.resource_version)):
-                self._set(name, None)
-        self._gone = {name: listing.resource_version for name in self._gone if name not in listed and not restored}
-        for name, lease in listed.items():
-            if restored and self._leases.get(name) != lease:
-                self._set(name, lease)
+        for device_id in dict.fromkeys((*self._shown, *self._ahead, *listed)):
+            before, lease = self.lease(device_id), self._show(device_id, listed.get(device_id))
+            ahead = device_id in self._ahead and _version_of(self._ahead[device_id]) != _version_of(lease)
+            if ahead and device_id in self._answered:
+                self.doubtful.add(device_id)
             else:
-                self.put(lease)
-        self._floor = listing.resource_version
+                self._ahead.pop(device_id, None)
+                self.doubtful.discard(device_id)
+            self._report(device_id, before)
+        for device_id, call in self._calls.items():
+            call.passed.append(self._shown.get(device_id))
+            call.listed = True
+        self._recent.clear()
 
-    def _delete(self, name: str, version: str) -> None:
-        known = self._leases.get(name)
-        if known is None or newer(version, known.resource_version):
-            self._gone[name] = version
-            if known is not None:
-                self._set(name, None)
-
-    def _set(self, name: str, lease: Lease | None) -> None:
-        old = self._locks.get(name)
+    def _show(self, device_id: str, lease: Lease | None) -> Lease | None:
         if lease is None:
-            del self._leases[name], self._locks[name]
+            self._shown.pop(device_id, None)
         else:
-            self._gone.pop(name, None)
-            self._leases[name], self._locks[name] = lease, record.lock_of(lease)
-        self._on_change(LockChange(name, old, self._locks.get(name)))
+            self._shown[device_id] = lease
+        return lease
+
+    def _report(self, device_id: str, before: Lease | None) -> None:
+        lease = self.lease(device_id)
+        if lease == before:
+            return
+        old = self._locks.get(device_id)
+        if lease is not None:
+            self._locks[device_id] = record.lock_of(lease)
+        else:
+            del self._locks[device_id]
+        self._on_change(LockChange(device_id, old, self._locks.get(device_id)))
+
+
+def _version_of(lease: Lease | None) -> str | None:
+    return lease.resource_version if lease is not None else None
 
 
 # Seconds before the locks are listed and watched again: the first time, and at most.
@@ -233,7 +283,10 @@ RETRY_S = (0.2, 5.0)
 
 
 class LockWatcher(Reflector[LeaseChange]):
-    """Keeps a LockCache current, and reports each watch's outcome. Sets ready after the first list."""
+    """Keeps a LockCache current, and reports each watch's outcome. Sets ready after the first list.
+
+    settle(device_id): reads the lock of a device that is in the cache's `doubtful`. Raises KubeError.
+    """
 
     def __init__(
         self,
@@ -243,14 +296,18 @@ class LockWatcher(Reflector[LeaseChange]):
         clock: Clock,
         rng: random.Random,
         ready: asyncio.Event,
+        settle: Callable[[str], Awaitable[None]],
     ) -> None:
         super().__init__("leases.coordination.k8s.io", clock, rng, RETRY_S)
-        self._store, self._view, self._contact, self._ready = store, view, contact, ready
+        self._store, self._view, self._contact, self._ready, self._settle = store, view, contact, ready, settle
 
     async def _list(self) -> str:
+        self._view.begin_list()
         listing = await self._store.list(record.LOCK_LABELS)
         self._view.reset(listing)
         self._ready.set()
+        for device_id in sorted(self._view.doubtful):
+            await self._settle(device_id)
         return listing.resource_version
 
     def _watch(self, version: str) -> AsyncGenerator[LeaseChange, None]:

@@ -18,7 +18,7 @@ from usbip_plugin.locks.watch import LockCache
 from usbip_plugin.model import DeviceKey, NodeIdentity
 from usbip_plugin.observe.spans import device_attributes, span
 
-# Most decisions of one attempt. Each follows a failed compare-and-swap.
+# Most decisions of one attempt. Each follows a failed compare-and-swap. Also most reads in a row that a list overtakes.
 CONFLICT_ROUNDS = 5
 
 
@@ -96,7 +96,7 @@ class Writer:
     ) -> AcknowledgedWrite | Denied:
         """Makes one attempt of drive(). With again=True, first reads whether an earlier attempt took effect."""
         fresh = again
-        lease = await self._read(key.id) if again else self._view.lease(key.id)
+        lease = await self.read(key.id) if again else self._view.lease(key.id)
         for _ in range(CONFLICT_ROUNDS):
             landed = attempts.landed(lease)
             if landed is not None:
@@ -111,7 +111,7 @@ class Writer:
                     return written
             elif fresh:
                 return decision
-            lease, fresh = await self._read(key.id), True
+            lease, fresh = await self.read(key.id), True
         raise KubeConflict(
             "update", "leases.coordination.k8s.io", f'"{key.id}" changed before each of {CONFLICT_ROUNDS} writes'
         )
@@ -125,10 +125,12 @@ class Writer:
             # R1 counts from here, not from the answer: others may see the write as soon as it is sent.
             sent = attempts.sent[write.write_id] = AcknowledgedWrite(decision.lease, self._clock.monotonic())
             try:
-                if isinstance(decision, Create):
-                    lease = await self._store.create(decision.lease)
-                else:
-                    lease = await self._store.replace(decision.lease)
+                with self._view.call(key.id) as call:
+                    if isinstance(decision, Create):
+                        lease = await self._store.create(decision.lease)
+                    else:
+                        lease = await self._store.replace(decision.lease)
+                    certain = self._view.answered(call, lease)
             except KubeConflict:
                 written.set_attribute("usbip.lock.conflict", True)
                 return None
@@ -136,14 +138,17 @@ class Writer:
                 if isinstance(decision, Create):
                     raise  # the namespace is missing
                 return None
-        self._view.put(lease)
+        if not certain:
+            await self.read(key.id)
         return AcknowledgedWrite(lease, sent.sent_at)
 
-    async def _read(self, device_id: str) -> Lease | None:
-        known = self._view.lease(device_id)
-        lease = await self._store.get(device_id)
-        if lease is not None:
-            self._view.put(lease)
-        elif known is not None:
-            self._view.missing(device_id, known.resource_version)
+    async def read(self, device_id: str) -> Lease | None:
+        """Reads the record, and returns it, or a newer one that came meanwhile. Raises KubeError.
+
+        Reads again, up to CONFLICT_ROUNDS times in all, if a list came meanwhile that shows another record.
+        """
+        for _ in range(CONFLICT_ROUNDS):
+            with self._view.call(device_id) as call:
+                if self._view.answered(call, await self._store.get(device_id)):
+                    break
         return self._view.lease(device_id)

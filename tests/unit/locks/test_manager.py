@@ -660,3 +660,39 @@ def test_an_import_window_of_half_the_duration_is_refused() -> None:
     with pytest.raises(ValueError, match="half"):
         LockSettings(duration=20.0, import_window=10.0)
     LockSettings(duration=20.1, import_window=10.0)
+
+
+@pytest.mark.parametrize("bump", [0, 1_000_000_000])
+def test_after_a_restore_of_etcd_every_node_agrees_with_the_api_server(bump: int) -> None:
+    @on_world
+    async def story(w: World) -> None:
+        a, b = await w.node("a"), await w.node("b")
+        await b.manager.acquire(OTHER_KEY)
+        free = w.backend.backup()
+        await a.manager.acquire(KEY)
+        await b.manager.release(OTHER_KEY)
+        await until(lambda: {lock.holder for lock in a.manager.locks.values()} == {"a", ""}, a)
+        w.backend.restore(free, bump)
+        for node in (a, b):
+            await until(lambda node=node: KEY.id not in node.manager.locks, node, seconds=10.0)  # type: ignore[misc]
+            assert node.manager.locks[OTHER_KEY.id].holder == "b"
+            assert node.manager.locks.keys() == {OTHER_KEY.id}
+        assert (await a.manager.acquire(KEY)).epoch == 1, "nobody has it, by the restored Leases"
+        await b.manager.release(OTHER_KEY)
+        await until(lambda: not b.manager.mine() and KEY.id in b.manager.locks, b)
+        assert (await a.manager.acquire(OTHER_KEY)).epoch == 2
+
+    story()
+
+
+@on_held_world
+async def test_a_writer_with_a_record_from_before_a_restore_finds_the_present_one_by_its_conflict(w: World) -> None:
+    a, _b = w.nodes
+    held = w.backend.backup()
+    await a.manager.release(KEY)
+    w.backend.restore(held, 1_000_000_000)
+    a.fate = lambda operation: (
+        Fate(refused=KubeServerError("list", RESOURCE, "not yet")) if operation.verb == "list" else FINE
+    )
+    await a.manager.release(KEY)
+    assert w.backend.leases[KEY.id].holder == "", "read by itself: no list has succeeded since"

@@ -1,0 +1,65 @@
+"""etcd restored from a backup: every node agrees with the API server, and no device is detached for it."""
+
+import pytest
+
+from tests.simulation.chaos import BUMP
+from tests.simulation.cluster_rig import Cluster, agent, one_stick, pod, port_of
+from usbip_plugin.attach.events import DeviceEvent, EventKind
+from usbip_plugin.locks import record
+from usbip_sim.virtual.steploop import stepped
+
+WATCH_AGAIN_S = 2.0
+"""Seconds in which a broken watch is followed by a list."""
+
+bumps = pytest.mark.parametrize("bump", [0, BUMP])
+
+
+def agree(c: Cluster) -> bool:
+    """Returns whether every node has exactly the locks of the API server."""
+    stored = {name: record.lock_of(lease) for name, lease in c.backend.leases.items() if record.is_lock_name(name)}
+    return all(dict(agent(node).locks.locks) == stored for node in c.nodes.values())
+
+
+@bumps
+@pytest.mark.parametrize("restarted", [False, True])
+@stepped
+async def test_a_device_taken_since_the_backup_stays_attached_and_its_lock_is_written_again(
+    bump: int, restarted: bool
+) -> None:
+    notices: list[DeviceEvent] = []
+    async with one_stick(notices=notices) as (c, lab, device):
+        backup = c.backend.backup()
+        node = await c.taken(device)
+        port = port_of(node, device)
+        if restarted:
+            node.kill()
+        c.backend.restore(backup, bump)
+        if restarted:
+            node.start()
+        assert await c.settle(lambda: c.holder(device) == "node-a", WATCH_AGAIN_S + 5 * restarted)
+        assert await c.settle(lambda: agree(c), WATCH_AGAIN_S)
+        await c.becomes(node, device, healthy=True)
+        await c.becomes(c["node-b"], device, healthy=False)
+        assert (lab.table.granted, node.attached(), port_of(node, device)) == (1, frozenset({device}), port)
+        assert EventKind.LOCK_LOST not in [notice.what for notice in notices]
+
+
+@bumps
+@stepped
+async def test_a_lock_that_is_its_former_holders_again_is_released_by_it_and_the_device_stays_attached(
+    bump: int,
+) -> None:
+    notices: list[DeviceEvent] = []
+    async with one_stick(notices=notices) as (c, lab, device):
+        a, b = c["node-a"], c["node-b"]
+        await c.taken(device)
+        backup = c.backend.backup()
+        a.end(pod("p"))
+        await c.becomes(b, device, healthy=True)
+        assert await b.admit(pod("q"), "stick") is None
+        await c.becomes(a, device, healthy=False)
+        c.backend.restore(backup, bump)
+        assert await c.settle(lambda: c.holder(device) == "node-b", WATCH_AGAIN_S + 1)
+        assert await c.settle(lambda: agree(c), WATCH_AGAIN_S)
+        assert (lab.table.granted, b.attached()) == (2, frozenset({device})), "two imports, one by each node"
+        assert EventKind.LOCK_LOST not in [notice.what for notice in notices]
