@@ -31,7 +31,7 @@ Parse: TypeAlias = Callable[[str, str], Parsed[C]]
 """A parser of a configuration's text, such as parse_config: takes the text and its source, raises ConfigError."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: Loaded[Config](...) sets an attribute, which fails in a frozen class with slots
 class Loaded(Generic[C]):
     """A configuration as read from disk, its warnings (one line each), and the SHA-256 of the file's bytes."""
 

@@ -69,7 +69,16 @@ LIBRARIES = frozenset(
     }
 )
 """The dependencies in pyproject.toml and those that they need."""
-NOT_INSTALLED_WITH_IT = ("__editable__", "_distutils_hack", "_virtualenv", "cython", "_cython", "grpc_tools")
+# urllib3 looks into the namespace `backports`, in which twine has a package
+NOT_INSTALLED_WITH_IT = (
+    "__editable__",
+    "_distutils_hack",
+    "_virtualenv",
+    "cython",
+    "_cython",
+    "grpc_tools",
+    "backports",
+)
 
 
 def _python(code: str, *arguments: str) -> str:
