@@ -119,7 +119,12 @@ def keys() -> tuple[Key, ...]:
         ),
         Key(f"{entry}.selector.all", "true or false", "`false`", "true, as the only key, selects every device"),
         Key(f"{entry}.extras", "list", "none", "device nodes of the host that accompany each of the devices"),
-        Key(f"{entry}.extras[].hostPath", "absolute path", "required", "path on the node, also as `host_path`"),
+        Key(
+            f"{entry}.extras[].hostPath",
+            "absolute path",
+            "required",
+            "path on the node, also as `host_path`; `--allow-extras` must permit it",
+        ),
         Key(f"{entry}.extras[].containerPath", "absolute path", "as `hostPath`", "path in the container"),
         Key(
             f"{entry}.extras[].permissions",

@@ -10,6 +10,7 @@ import os
 import platform
 import random
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,7 @@ from usbip_plugin.errors import ConfigError
 
 if TYPE_CHECKING:
     from usbip_plugin.clock import Clock
+    from usbip_plugin.config.reload import LoadedConfig
     from usbip_plugin.node.daemon import MakeDriver, Options
     from usbip_plugin.vhci.driver import VhciDriver
 
@@ -51,7 +53,6 @@ def _first(*values: str | None) -> str:
 def run(options: argparse.Namespace) -> int:
     """Carries out `usbip-plugin run` until a signal. Raises ConfigError, also if the node's name is not given."""
     # imported here: neither --help nor the commands for people need these modules
-    from usbip_plugin.config.reload import load_config  # noqa: PLC0415
     from usbip_plugin.node.memory import gc_paused  # noqa: PLC0415
 
     with gc_paused():
@@ -63,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
     if not options.node_name:
         cure = "pass it, or set NODE_NAME (downward API: spec.nodeName)"
         raise ConfigError("command line", [f"--node-name: missing; {cure}"])
-    loaded = load_config(options.config)
+    loaded = _load(options)
     settings = loaded.config.settings
     level = _first(options.log_level, settings.log_level, DEFAULT_LOG_LEVEL)
     set_up_logging(level, sys.stdout, json_lines=options.log_format == "json")
@@ -72,20 +73,26 @@ def run(options: argparse.Namespace) -> int:
 
 def check(options: argparse.Namespace) -> int:
     """Carries out `usbip-plugin check`: prints the report and returns the exit status."""
-    from usbip_plugin.config.reload import LoadedConfig, load_config  # noqa: PLC0415
     from usbip_plugin.node.check import check_node  # noqa: PLC0415
     from usbip_plugin.observe.logs import set_up_logging  # noqa: PLC0415
 
     set_up_logging("none", sys.stderr)  # the report has everything
     loaded: LoadedConfig | ConfigError
     try:
-        loaded = load_config(options.config)
+        loaded = _load(options)
     except ConfigError as error:
         loaded = error
     settings = FileSettings() if isinstance(loaded, ConfigError) else loaded.config.settings
     report, status = asyncio.run(check_node(_process_options(options, settings), loaded, _driver_of(options)))
     print(report)  # noqa: T201 - the command line's own voice
     return status
+
+
+def _load(options: argparse.Namespace) -> LoadedConfig:
+    from usbip_plugin.config.parse import parse_config  # noqa: PLC0415
+    from usbip_plugin.config.reload import load  # noqa: PLC0415
+
+    return load(options.config, partial(parse_config, allow_extras=options.allow_extras))
 
 
 def _driver_of(options: argparse.Namespace) -> MakeDriver:
@@ -121,4 +128,5 @@ def _process_options(options: argparse.Namespace, settings: FileSettings) -> Opt
         listen=_first(getattr(options, "listen", None), settings.listen, DEFAULT_LISTEN),
         kubeconfig=options.kubeconfig,
         cdi_directory=options.cdi_directory,
+        allow_extras=options.allow_extras,
     )

@@ -12,6 +12,7 @@ from types import MappingProxyType
 
 from usbip_plugin import __version__
 from usbip_plugin.config.schema import (
+    DEFAULT_ALLOW_EXTRAS,
     DEFAULT_CDI_DIRECTORY,
     DEFAULT_CONFIG_PATH,
     DEFAULT_DOMAIN,
@@ -157,6 +158,16 @@ def _simulate_flags(simulated: argparse._SubParsersAction[argparse.ArgumentParse
         command.add_argument("--log-level", choices=LOG_LEVELS, default=DEFAULT_LOG_LEVEL, help=level)
 
 
+def _globs(text: str) -> tuple[str, ...]:
+    globs = tuple(part.strip() for part in text.split(",") if part.strip())
+    for glob in globs:
+        if not glob.startswith("/"):
+            raise argparse.ArgumentTypeError(
+                f"{glob!r} must be an absolute path or a pattern of one, such as /dev/snd/*"
+            )
+    return globs
+
+
 def _count(text: str) -> int:
     if not text.isascii() or not text.isdecimal() or not 1 <= int(text) <= MAX_CONTROLLERS:
         raise argparse.ArgumentTypeError(f"{text!r} must be a number from 1 to {MAX_CONTROLLERS}")
@@ -190,6 +201,8 @@ def _node_flags(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--plugin-directory", metavar="DIR", help=f"device-plugin directory (default {DEFAULT_PLUGIN_DIRECTORY})")
     add("--pod-resources-socket", metavar="FILE", help=f"pod-resources socket (default {DEFAULT_POD_RESOURCES_SOCKET})")
+    extras = f"device nodes that `extras` may name, separated by commas (default {','.join(DEFAULT_ALLOW_EXTRAS)})"
+    add("--allow-extras", metavar="GLOB,...", type=_globs, default=DEFAULT_ALLOW_EXTRAS, help=extras)
     specs = "directory from which the container runtime reads CDI specs (default %(default)s)"
     add("--cdi-directory", metavar="DIR", type=Path, default=Path(DEFAULT_CDI_DIRECTORY), help=specs)
     kernel = "development only: the socket of `simulate kernel`, instead of vhci_hcd; attaches no device"

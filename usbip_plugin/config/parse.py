@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
+from collections.abc import Sequence
 
 from usbip_plugin.config import scalars, schema
 from usbip_plugin.config.document import Fields, Node, Parsed, Problems, Unknown, read_document, read_fields, shown
@@ -51,8 +53,13 @@ _MISNAMED = {
 _CLOSE = 0.6  # least similarity of two kinds (0 to 1, by difflib) at which one may be a misspelling of the other
 
 
-def parse_config(text: str, source: str = "config.yaml") -> Parsed[schema.Config]:
-    """Returns the configuration in YAML text. Raises ConfigError with all problems found. source: for messages."""
+def parse_config(
+    text: str, source: str = "config.yaml", *, allow_extras: Sequence[str] | None = None
+) -> Parsed[schema.Config]:
+    """Returns the configuration in YAML text. Raises ConfigError with all problems found.
+
+    source: for messages. allow_extras: patterns of fnmatch for the host paths that `extras` may name; None for any.
+    """
     root = read_document(text, source)
     if root is None or root.empty:
         raise ConfigError(source, [f"{source}: empty file; add resources, or write resources: {{}} for none"])
@@ -69,7 +76,7 @@ def parse_config(text: str, source: str = "config.yaml") -> Parsed[schema.Config
         most=schema.MAX_ALLOCATE_TIMEOUT_S,
     )
     config = schema.Config(
-        resources=top.read("resources", problems, _resources, (), allocate_timeout),
+        resources=top.read("resources", problems, _resources, (), allocate_timeout, allow_extras),
         lock=top.read("lock", problems, _lock, schema.LockConfig()),
         allocate_timeout=allocate_timeout,
         publish_node_status=top.read("publishNodeStatus", problems, scalars.boolean, True),
@@ -106,7 +113,9 @@ def _settings(fields: Fields, problems: Problems) -> schema.FileSettings:
     return schema.FileSettings(**values)
 
 
-def _resources(node: Node, problems: Problems, allocate_timeout: float) -> tuple[schema.ResourceConfig, ...]:
+def _resources(
+    node: Node, problems: Problems, allocate_timeout: float, allow_extras: Sequence[str] | None
+) -> tuple[schema.ResourceConfig, ...]:
     if not node.is_mapping:
         problems.error(node, f"expected a mapping from resource names to devices, got {node.describe()}")
         return ()
@@ -116,6 +125,8 @@ def _resources(node: Node, problems: Problems, allocate_timeout: float) -> tuple
         name = scalars.resource_name(written, value, problems)
         entries, resource = _resource(name or written, value, allocate_timeout, problems)
         places.extend((resource.name, device, place) for device, place in entries)
+        if allow_extras is not None:
+            _report_forbidden(entries, allow_extras, problems)
         resources.append(resource)
     if not resources:
         problems.warn(node, "no resources; the plugin offers nothing to the kubelet")
@@ -126,6 +137,20 @@ def _resources(node: Node, problems: Problems, allocate_timeout: float) -> tuple
     else:
         report_overlaps(places, problems)
     return tuple(resources)
+
+
+def _report_forbidden(
+    entries: Sequence[tuple[schema.DeviceSelector, Node]], allow_extras: Sequence[str], problems: Problems
+) -> None:
+    """Adds an error for each entry with an extra device node that no pattern of --allow-extras matches."""
+    for device, place in entries:
+        for extra in device.extras:
+            if not any(fnmatch.fnmatchcase(extra.host_path, pattern) for pattern in allow_extras):
+                problems.error(
+                    place,
+                    f"extras: {shown(extra.host_path)} is not allowed ({', '.join(allow_extras) or 'nothing is'}); "
+                    "remove it, or have the plugin's administrator add it to --allow-extras",
+                )
 
 
 def _resource(

@@ -118,6 +118,11 @@ CHILD_KINDS = ("tty", "video4linux", "block", "printer", "hidraw", "input", "sou
 
 Without `children`, a device's main node is of its first kind here.
 """
+DEFAULT_ALLOW_EXTRAS = ("/dev/fuse", "/dev/snd/timer")
+"""Patterns of the host's device nodes that `extras` may name unless --allow-extras says otherwise.
+
+Whoever may edit the configuration could otherwise give any disk or the memory of every node to a pod.
+"""
 DEFAULT_EXTRA_PERMISSIONS = "rwm"
 """Permissions of an extra device node that sets none: read, write, mknod."""
 DEFAULT_CHILDREN_TIMEOUT_S = 5.0

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import random
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from usbip_plugin.attach.events import DeviceEvent, events_of
 from usbip_plugin.clock import Clock, SystemClock
 from usbip_plugin.config.parse import parse_config
 from usbip_plugin.config.reload import ConfigWatcher, LoadedConfig
-from usbip_plugin.config.schema import DEFAULT_CDI_DIRECTORY, Config
+from usbip_plugin.config.schema import DEFAULT_ALLOW_EXTRAS, DEFAULT_CDI_DIRECTORY, Config
 from usbip_plugin.errors import ConfigError, PluginError
 from usbip_plugin.kube.client import connect
 from usbip_plugin.kube.events import EventRecorder
@@ -56,6 +56,7 @@ class Options:
     domain: the domain of the resource names.
     listen: the address of the HTTP server, "" for none.
     kubeconfig: its path, None to find the API server as kube.client.connect does.
+    allow_extras: as parse_config has it.
     """
 
     node: str
@@ -67,6 +68,7 @@ class Options:
     listen: str
     kubeconfig: str | None = None
     cdi_directory: Path = Path(DEFAULT_CDI_DIRECTORY)
+    allow_extras: Sequence[str] = DEFAULT_ALLOW_EXTRAS
 
 
 MakeDriver = Callable[[Clock], VhciDriver]
@@ -152,7 +154,7 @@ class _Process:
             loop.add_signal_handler(number, stop.set)
         watcher = ConfigWatcher(
             self._options.config,
-            parse_config,
+            partial(parse_config, allow_extras=self._options.allow_extras),
             self._clock,
             self._reconfigure,
             self._config_failed,

@@ -130,3 +130,24 @@ def test_the_help_explains_every_exit_status() -> None:
     for number, meaning in MEANING.items():
         assert f"{number:d} {meaning}" in text
     assert set(MEANING) == set(Exit)
+
+
+@pytest.mark.parametrize("command", ["run", "check"])
+def test_a_node_refuses_extras_that_its_command_line_does_not_allow(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "config.yaml"
+    entry = "{target: {host: h}, selector: {vendor: 0x1}, extras: [{hostPath: /dev/sda}]}"
+    config.write_text(f"resources: {{a: [{entry}]}}\n", encoding="utf-8")
+    with process_restored():
+        status = main([command, "--node-name", "n", "--config", str(config), "--allow-extras", "/dev/fuse,/dev/snd/*"])
+    out, err = capsys.readouterr()
+    assert status == (Exit.USAGE if command == "run" else Exit.PROBLEM)
+    assert f"{config}:1: resources.a[0]: extras: /dev/sda is not allowed (/dev/fuse, /dev/snd/*)" in out + err
+
+
+def test_a_relative_pattern_of_extras_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "--allow-extras", "/dev/fuse,dev/sda"])
+    assert ended.value.code == Exit.USAGE
+    assert "'dev/sda' must be an absolute path" in capsys.readouterr().err

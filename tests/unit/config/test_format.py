@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from usbip_plugin.config import document
 from usbip_plugin.config.parse import parse_config
 from usbip_plugin.config.schema import (
+    DEFAULT_ALLOW_EXTRAS,
     DeviceSelector,
     Extra,
     FileSettings,
@@ -99,6 +100,26 @@ resources:
     (device,) = parsed.config.resources[0].devices
     assert device.selector == Selector(vendor=0x0951, product=0x1666, bus_id="1-1.4")
     assert device.extras == (Extra("/dev/fuse", "/dev/fuse", "rw"),)
+
+
+@pytest.mark.parametrize("path", ["/dev/mem", "/dev/sda", "/dev/fuse2", "/dev/snd/controlC0", "/proc/kcore"])
+def test_who_edits_the_configuration_gives_no_other_device_node_of_the_host_to_pods(path: str) -> None:
+    text = one_extra(f"{{hostPath: {path}, containerPath: /dev/fuse}}")
+    with pytest.raises(ConfigError) as caught:
+        parse_config(text, allow_extras=DEFAULT_ALLOW_EXTRAS)
+    (problem,) = caught.value.problems
+    assert problem.startswith(
+        f"config.yaml:1: resources.a[0]: extras: {path} is not allowed (/dev/fuse, /dev/snd/timer); remove it, or"
+    )
+    assert parse_config(text, allow_extras=("/dev/fuse", path)).config == parse_config(text).config
+
+
+def test_allowed_extras_are_patterns_of_whole_paths() -> None:
+    text = one_extra("{hostPath: /dev/snd/seq}")
+    assert parse_config(text, allow_extras=("/dev/snd/*",)).config.resources[0].devices[0].extras
+    for patterns in ((), ("/dev/snd",), ("snd/*",), ("/dev/SND/*",)):
+        with pytest.raises(ConfigError, match="/dev/snd/seq is not allowed"):
+            parse_config(text, allow_extras=patterns)
 
 
 def test_extras_with_underscores_and_any_case_of_keys_are_read_as_by_the_go_program() -> None:
