@@ -6,9 +6,12 @@ import base64
 import enum
 import functools
 import hashlib
+import ipaddress
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Any
 
 DEVICE_ID_PREFIX = "usbip-"
 SESSION_PREFIX = "usbip-node-"
@@ -38,6 +41,48 @@ class ServerKey:
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{host}:{self.port}"
+
+
+_MAX_TCP_PORT = 65535
+_MAX_ENDPOINT = 64  # characters of an endpoint; an IPv6 address has 45 at most
+_ENDPOINT = re.compile(r"(?:\[([0-9a-f:.]+)\]|([0-9.]+)):([0-9]{1,5})", re.ASCII | re.IGNORECASE)
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class Endpoint:
+    """One end of a TCP connection, as the other end sees it.
+
+    address: an IPv4 or IPv6 address as ipaddress writes it, without a scope; never an IPv4 address mapped into IPv6.
+    """
+
+    address: str
+    port: int
+
+    def __str__(self) -> str:
+        address = f"[{self.address}]" if ":" in self.address else self.address
+        return f"{address}:{self.port}"
+
+    @classmethod
+    def parse(cls, text: str) -> Endpoint | None:
+        """Returns the endpoint for "ADDRESS:PORT", "[ADDRESS]:PORT" with IPv6; None for anything else."""
+        found = _ENDPOINT.fullmatch(text) if len(text) <= _MAX_ENDPOINT else None
+        if found is None or not 0 < int(found[3]) <= _MAX_TCP_PORT:
+            return None
+        try:
+            return cls.of((found[1] or found[2], int(found[3])))
+        except ValueError:
+            return None
+
+    @classmethod
+    def of(cls, name: Sequence[Any]) -> Endpoint:
+        """Returns the endpoint for what getsockname() or getpeername() of a TCP socket returns.
+
+        Raises ValueError if it has no IP address.
+        """
+        address = ipaddress.ip_address(name[0].partition("%")[0])
+        if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+            return cls(str(address.ipv4_mapped), name[1])
+        return cls(str(address), name[1])
 
 
 # Cached, because each evaluation makes every key again, and hashing is slow.

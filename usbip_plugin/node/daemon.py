@@ -35,6 +35,7 @@ from usbip_plugin.observe.http import Heartbeat, HttpServer, Site, Verdict, stan
 from usbip_plugin.observe.metrics import Metrics
 from usbip_plugin.observe.status import NodeReport
 from usbip_plugin.observe.tracing import Tracing
+from usbip_plugin.sync import leaves
 from usbip_plugin.usbip.client import TcpUsbipClient
 from usbip_plugin.vhci.driver import VhciDriver
 
@@ -246,7 +247,7 @@ def run_blocking(options: Options, loaded: LoadedConfig, make_driver: MakeDriver
     try:
         asyncio.run(run(options, loaded, make_driver))
     except* (PluginError, OSError) as errors:
-        for error in _leaves(errors):
+        for error in leaves(errors):
             log.critical("cannot run", extra={"cause": str(error)})
         status = 1
     return status
@@ -255,11 +256,3 @@ def run_blocking(options: Options, loaded: LoadedConfig, make_driver: MakeDriver
 def _warn(warnings: Iterable[str]) -> None:
     for warning in warnings:
         log.warning("configuration warning", extra={"problem": warning})
-
-
-def _leaves(errors: BaseExceptionGroup[BaseException]) -> Iterable[BaseException]:
-    for error in errors.exceptions:
-        if isinstance(error, BaseExceptionGroup):
-            yield from _leaves(error)
-        else:
-            yield error

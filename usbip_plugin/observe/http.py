@@ -14,11 +14,11 @@ from aiohttp.web_response import Response
 from aiohttp.web_server import Server
 
 from usbip_plugin.clock import Clock
-from usbip_plugin.observe.status import NodeReport
-from usbip_plugin.observe.tracing import RecentSpans
 
 if TYPE_CHECKING:
     from usbip_plugin.observe.page import Page
+    from usbip_plugin.observe.status import NodeReport
+    from usbip_plugin.observe.tracing import RecentSpans  # the SDK of OpenTelemetry, which the exporter does not load
 
 SHUTDOWN_S = 0.5
 """Seconds that requests under way have to finish when the server stops."""

@@ -117,6 +117,11 @@ def encode_devlist_reply(devices: Iterable[Descriptor]) -> bytes:
     return _OP.pack(VERSION, OP_REP_DEVLIST, ST_OK) + _COUNT.pack(len(entries)) + b"".join(entries)
 
 
+def encode_devlist_refusal(status: int) -> bytes:
+    """Returns a DEVLIST reply without devices, for a client that may not see any. status: other than ST_OK."""
+    return _OP.pack(VERSION, OP_REP_DEVLIST, status)
+
+
 def encode_import_reply(reply: ImportReply) -> bytes:
     head = _OP.pack(VERSION, OP_REP_IMPORT, reply.status)
     return head + _encode_device(reply.descriptor, reply.descriptor.num_interfaces) if reply.descriptor else head

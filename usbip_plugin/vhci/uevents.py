@@ -67,19 +67,20 @@ class UeventSource(Protocol):
 
 
 class NetlinkUevents:
-    """The UeventSource that listens on a netlink socket, or delivers None every POLL_S seconds if that is impossible.
+    """The UeventSource that listens on a netlink socket, or delivers None every `poll` seconds if that is impossible.
 
     Needs no capability. Needs the host's network namespace or another that belongs to the initial user namespace.
     """
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, poll: float = POLL_S) -> None:
         self._clock = clock
+        self._poll_s = poll
 
     async def run(self, deliver: Callable[[Uevent | None], None]) -> None:
         try:
             sock = _open()
         except OSError as error:
-            extra = {"cause": error.strerror or str(error), "interval_s": POLL_S}
+            extra = {"cause": error.strerror or str(error), "interval_s": self._poll_s}
             log.warning("uevents unavailable, polling instead", extra=extra)
             await self._poll(deliver)
         loop = asyncio.get_running_loop()
@@ -98,13 +99,13 @@ class NetlinkUevents:
     async def _poll(self, deliver: Callable[[Uevent | None], None]) -> NoReturn:
         while True:
             deliver(None)
-            await self._clock.sleep(POLL_S)
+            await self._clock.sleep(self._poll_s)
 
     def problem(self) -> str | None:
         try:
             _open().close()
         except OSError as error:
-            return f"uevents unavailable: {error.strerror or error}; polling every {POLL_S:g} s instead"
+            return f"uevents unavailable: {error.strerror or error}; polling every {self._poll_s:g} s instead"
         return None
 
 
