@@ -14,13 +14,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from log_calls import log_calls
+from prometheus_client.registry import CollectorRegistry
 from reasons import ALLOCATES, DEVICES, linked
-from reference import FIELDS, KINDS, keys
+from reference import FIELDS, KINDS, Key, export_keys, keys
 
 from usbip_plugin.attach.events import EventKind, Reattach, Regarding
 from usbip_plugin.claims import ClaimState
 from usbip_plugin.cli.parser import MEANING, parser
 from usbip_plugin.config import schema
+from usbip_plugin.exporter.exports import ImportResult
+from usbip_plugin.exporter.metrics import PREFIX, RELOADS, ExporterCounts, ExporterMetrics, ExporterReading
+from usbip_plugin.exporter.report import ExportState
+from usbip_plugin.exporter.server import Dropped
 from usbip_plugin.locks.manager import Acquired
 from usbip_plugin.model import Reason
 from usbip_plugin.node.metrics import ALLOCATE_FAILURES, API_ERRORS, OTHER, PRE_START_FAILURES, TRANSITIONS
@@ -81,9 +86,9 @@ def _code(text: object) -> str:
     return f"`{text}`"
 
 
-def key_table() -> str:
-    """Returns the Markdown table of the configuration file's keys."""
-    rows = ((_code(key.path), key.kind, key.default, key.text) for key in keys())
+def key_table(keys: Iterable[Key]) -> str:
+    """Returns the Markdown table of the keys of a configuration file."""
+    rows = ((_code(key.path), key.kind, key.default, key.text) for key in keys)
     return _table(("key", "value", "default", "meaning"), rows)
 
 
@@ -135,12 +140,24 @@ def metric_table() -> str:
     """Returns the Markdown table of the metrics, those of the process last. Complete on Linux only."""
     metrics = Metrics()
     metrics.add(NodeCollector(lambda: NodeReading(version="", ready=True)))
+    return _metrics(metrics.registry)
+
+
+def exporter_metric_table() -> str:
+    """Returns the Markdown table of the exporter's own metrics."""
+    metrics = ExporterMetrics("", ExporterCounts(), lambda: ExporterReading({}))
+    return _metrics(metrics.registry, PREFIX)
+
+
+def _metrics(registry: CollectorRegistry, prefix: str = "") -> str:
+    """Returns the table of the metrics in a registry whose names have this prefix."""
     rows = []
-    for collector in metrics.registry._collector_to_names:  # noqa: SLF001 - a registry has no public list
+    for collector in registry._collector_to_names:  # noqa: SLF001 - a registry has no public list
         for family in collector.collect():
             names = getattr(family, "_labelnames", ()) or getattr(collector, "_labelnames", ())
             name = family.name + ("_total" if family.type == "counter" else "")
-            rows.append((name, family.type, " ".join(map(_code, names)), family.documentation))
+            if name.startswith(prefix):
+                rows.append((name, family.type, " ".join(map(_code, names)), family.documentation))
     rows.sort(key=lambda row: (row[0].startswith("process_"), row[0]))
     return _table(("name", "type", "labels", "meaning"), ((_code(name), *row) for name, *row in rows))
 
@@ -165,6 +182,17 @@ def label_list() -> str:
         "`state` of `claims`": [state.value.lower() for state in ClaimState if state is not ClaimState.FREE],
         "`step` of `step_seconds`": steps,
         "`transition` of `lock_transitions_total`": TRANSITIONS,
+    }
+    return "".join(f"- {label}: {_codes(of)}\n" for label, of in values.items())
+
+
+def exporter_label_list() -> str:
+    """Returns the Markdown list of the values of the labels of the exporter's metrics."""
+    values: dict[str, Iterable[str]] = {
+        "`reason` of `connections_refused_total`": [why.value for why in Dropped],
+        "`result` of `config_reloads_total`": RELOADS,
+        "`result` of `imports_total`": [result.value for result in ImportResult],
+        "`state` of `devices`": [state.value for state in ExportState],
     }
     return "".join(f"- {label}: {_codes(of)}\n" for label, of in values.items())
 
@@ -218,7 +246,8 @@ def wanted() -> dict[Path, str]:
     """Returns the expected text of each document with generated parts, by its path."""
     parts: dict[str, dict[str, str]] = {
         "reference/configuration.md": {
-            "keys": key_table(),
+            "keys": key_table(keys()),
+            "keys of the exporter": key_table(export_keys()),
             "kinds": kind_table(),
             "fields": field_table(),
             "flags": flag_table(),
@@ -230,7 +259,12 @@ def wanted() -> dict[Path, str]:
         "reference/reasons.md": {"devices": device_reason_table(), "allocates": allocate_reason_table()},
     }
     if sys.platform == "linux":  # elsewhere prometheus_client has no metrics of the process
-        parts["reference/metrics.md"] = {"metrics": metric_table(), "values of labels": label_list()}
+        parts["reference/metrics.md"] = {
+            "metrics": metric_table(),
+            "values of labels": label_list(),
+            "metrics of the exporter": exporter_metric_table(),
+            "values of the exporter's labels": exporter_label_list(),
+        }
     return {DOCS / name: filled((DOCS / name).read_text(encoding="utf-8"), part) for name, part in parts.items()}
 
 

@@ -9,7 +9,8 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from usbip_plugin.config import parse, scalars, schema, selectors
+from usbip_plugin.config import export, parse, scalars, schema, selectors
+from usbip_plugin.config.export import ExportConfig
 from usbip_plugin.config.schema import Config, Extra, LockConfig, OnLoss, ResourceConfig
 from usbip_plugin.model import DEFAULT_USBIP_PORT
 
@@ -71,6 +72,42 @@ def _several(kind: str) -> str:
 
 def _one_of(values: tuple[str, ...]) -> str:
     return ", ".join(values)
+
+
+def export_keys() -> tuple[Key, ...]:
+    """Returns all keys of the exporter's file."""
+    return (
+        Key(
+            "export",
+            f"list of up to {export.MAX_SELECTORS} selectors",
+            "required",
+            "the devices of this host that are exported; selectors as `selector` [above](#which-devices)",
+        ),
+        Key(
+            "allow",
+            f"list of up to {export.MAX_NETWORKS} addresses or CIDRs",
+            "everybody",
+            "the clients that are served; others get an error",
+        ),
+        Key(
+            "fence",
+            "true or false",
+            _default(ExportConfig, "fence"),
+            "exports a device only to the holder of its lock. Read at start only",
+        ),
+        Key(
+            "whenApiIsAway",
+            f"one of {_one_of(tuple(choice.value for choice in export.WhenApiIsAway))}",
+            f"`{ExportConfig(()).when_api_is_away.value}`",
+            "the fence's answer to imports without API server. Read at start only",
+        ),
+        Key(
+            "names",
+            f"list of up to {export.MAX_NAMES} host names or addresses",
+            "its host names and addresses",
+            "how `target.host` of the plugins names this host, for the fence. Read at start only",
+        ),
+    )
 
 
 def keys() -> tuple[Key, ...]:

@@ -6,6 +6,8 @@ PluginError (in parentheses: subclasses)
     WrongSerial
   VhciError: DriverMissing (KernelUnsupported, SimulatedKernelMissing), DriverNotWritable, RecordNotWritable,
     PortsExhausted, AttachRefused, AttachStuck, HubRefused, NodesMissing, DetachFailed
+  HostError: StubMissing, StubNotWritable, BindFailed
+  ListenFailed
   CdiError
   LockError: LockHeld, LockLost, LockUnavailable
   KubeError: KubeUnreachable, KubeUnauthorized, KubeForbidden, KubeNotFound, KubeConflict, KubeGone, KubeThrottled,
@@ -224,6 +226,46 @@ class NodesMissing(VhciError):
 
 class DetachFailed(VhciError):
     """The port of a detached device did not become free in time."""
+
+
+class HostError(PluginError):
+    """An error of the kernel or the sysfs of a host that exports devices."""
+
+
+class StubMissing(HostError):
+    """The host's kernel has no usbip-host: the module is not loaded."""
+
+    def __init__(self, path: str) -> None:
+        cure = "run on this host: modprobe usbip-host; for each boot: echo usbip-host > /etc/modules-load.d/usbip.conf"
+        super().__init__(f"usbip-host is not loaded: {path} does not exist; {cure}")
+
+
+class StubNotWritable(HostError):
+    """This process cannot write to the sysfs files of usbip-host."""
+
+    def __init__(self, path: str, cause: str) -> None:
+        super().__init__(f"cannot write {path}: {cause}; the exporter must run as root with /sys mounted writable")
+
+
+class BindFailed(HostError):
+    """A device cannot be bound to usbip-host, unbound from it or exported.
+
+    cause: with the cure. stuck: whether the kernel has not answered; another try would wait for the same answer.
+    """
+
+    def __init__(self, busid: str, cause: str, *, stuck: bool = False) -> None:
+        self.busid, self.cause, self.stuck = busid, cause, stuck
+        super().__init__(f"{busid}: {cause}")
+
+
+class ListenFailed(PluginError):
+    """The exporter cannot listen for USB/IP clients."""
+
+    def __init__(self, address: str, error: OSError | UnicodeError) -> None:
+        in_use = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
+        cause = (error.strerror if isinstance(error, OSError) else None) or error
+        cure = "stop the other server (systemctl stop usbipd), or" if in_use else "for --listen,"
+        super().__init__(f"cannot listen on {address}: {cause}; {cure} use another address of this host")
 
 
 class CdiError(PluginError):

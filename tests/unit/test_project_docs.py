@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -11,12 +12,13 @@ from typing import Any
 
 import pytest
 import yaml
-from reference import KNOWN, keys
+from reference import KNOWN, export_keys, keys
 
 from usbip_plugin import claims
 from usbip_plugin.claims import TRANSITIONS, ClaimState
 from usbip_plugin.cli.parser import parser
 from usbip_plugin.config import schema
+from usbip_plugin.config.export import EXPORT_KEYS, parse_export
 from usbip_plugin.config.parse import parse_config
 from usbip_plugin.node.check import permissions_needed
 from usbip_plugin.observe.metrics import Metrics, NodeCollector, NodeReading
@@ -65,6 +67,22 @@ def test_links_and_make_targets_exist(document: Path) -> None:
 def test_the_configurations_in_the_documents_are_valid_without_a_warning(document: Path) -> None:
     for block in configurations(document):
         assert parse_config(block).warnings == ()
+
+
+def test_the_exporters_files_in_the_documents_are_valid_without_a_warning() -> None:
+    pattern = re.compile(r"^ *```yaml\n( *export:\n.*?)```", re.DOTALL | re.MULTILINE)
+    blocks = [block for document in DOCUMENTS for block in pattern.findall(document.read_text(encoding="utf-8"))]
+    assert blocks
+    for block in blocks:
+        assert parse_export(textwrap.dedent(block)).warnings == ()
+
+
+def test_the_reference_of_the_exporters_file_has_its_keys_and_defaults() -> None:
+    assert tuple(key.path for key in export_keys()) == EXPORT_KEYS
+    plain = parse_export("export: [{all: true}]").config
+    for key in export_keys():
+        if key.default.startswith("`"):
+            assert parse_export(f"export: [{{all: true}}]\n{key.path}: {key.default.strip('`')}").config == plain
 
 
 def test_the_first_document_and_the_reference_show_a_configuration() -> None:

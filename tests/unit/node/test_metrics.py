@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 
 from usbip_plugin import errors
-from usbip_plugin.errors import CommandError, ConfigError, KubeError, KubeletError, LockHeld, NotAttached, PluginError
+from usbip_plugin.errors import (
+    CommandError,
+    ConfigError,
+    HostError,
+    KubeError,
+    KubeletError,
+    ListenFailed,
+    LockHeld,
+    NotAttached,
+    PluginError,
+)
 from usbip_plugin.locks.watch import LockChange
 from usbip_plugin.model import Lock
 from usbip_plugin.node.metrics import ALLOCATE_FAILURES, API_ERRORS, OTHER, reason_of, transition
@@ -61,7 +71,8 @@ def leaves(base: type[PluginError]) -> set[type[PluginError]]:
 
 
 def test_every_error_that_can_fail_an_allocate_has_a_reason() -> None:
-    elsewhere = {LockHeld, NotAttached}.union(*map(leaves, (CommandError, ConfigError, KubeletError, KubeError)))
+    others = (CommandError, ConfigError, HostError, KubeletError, KubeError, ListenFailed)
+    elsewhere = {LockHeld, NotAttached}.union(*map(leaves, others))
     for kind in leaves(PluginError) - elsewhere:
         assert reason_of(kind.__new__(kind), ALLOCATE_FAILURES) != OTHER, kind
 
