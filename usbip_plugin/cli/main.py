@@ -75,6 +75,10 @@ def _run(options: argparse.Namespace) -> int:
             from usbip_plugin.cli import node_commands  # noqa: PLC0415
 
             return node_commands.run(options) if options.command == "run" else node_commands.check(options)
+        case "export" | "exported":
+            from usbip_plugin.cli import export_commands  # noqa: PLC0415
+
+            return export_commands.export(options) if options.command == "export" else export_commands.exported(options)
         case "devices" | "explain" | "release":
             from usbip_plugin.cli.cluster_commands import devices, explain, release  # noqa: PLC0415
 

@@ -11,6 +11,13 @@ from pathlib import Path
 from types import MappingProxyType
 
 from usbip_plugin import __version__
+from usbip_plugin.config.export import (
+    DEFAULT_EXPORT_CONFIG_PATH,
+    DEFAULT_EXPORT_HTTP,
+    DEFAULT_EXPORT_LISTEN,
+    DEFAULT_STATE_DIRECTORY,
+    DEFAULT_SYSFS,
+)
 from usbip_plugin.config.schema import (
     DEFAULT_ALLOW_EXTRAS,
     DEFAULT_CDI_DIRECTORY,
@@ -106,6 +113,8 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     run.add_argument("--log-level", choices=LOG_LEVELS, help=f"lowest level to log (default {DEFAULT_LOG_LEVEL})")
     run.add_argument("--log-format", choices=("json", "text"), default="json", help="log format (default %(default)s)")
 
+    _exporter_flags(commands)
+
     completion = commands.add_parser("completion", help="print the completion script for a shell")
     completion.add_argument("shell", choices=SHELLS, metavar="SHELL", help=", ".join(SHELLS))
 
@@ -122,6 +131,45 @@ def _epilog() -> str:
     for number, text in MEANING.items():
         lines += textwrap.wrap(text, WIDTH, initial_indent=f"  {number:d}  ", subsequent_indent="     ")
     return "\n".join(lines)
+
+
+def _exporter_flags(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    export = commands.add_parser(
+        "export",
+        help="export this host's USB devices, in place of usbipd",
+        description="Binds the selected USB devices of this host to usbip-host and exports them to USB/IP clients. "
+        "When it ends, the devices stay bound and connections go on.",
+    )
+    path = Path(DEFAULT_EXPORT_CONFIG_PATH)
+    export.add_argument(
+        "--config", metavar="FILE", type=Path, default=path, help="configuration file (default %(default)s)"
+    )
+    clients = "address for USB/IP clients (default %(default)s)"
+    export.add_argument("--listen", metavar="ADDRESS:PORT", default=DEFAULT_EXPORT_LISTEN, help=clients)
+    pages = "address of health, metrics and /exported; '' disables them (default %(default)s)"
+    export.add_argument("--http", metavar="ADDRESS", default=DEFAULT_EXPORT_HTTP, help=pages)
+    _log_flags(export)
+    _api_flags(export)
+
+    exported = commands.add_parser("exported", help="list the USB devices that this host exports, and to whom")
+    form = "output format (default %(default)s)"
+    exported.add_argument("-o", "--output", choices=("table", "json", "yaml"), default="table", help=form)
+    asked = "address of the exporter's pages; without an answer, sysfs is read (default %(default)s)"
+    exported.add_argument("--http", metavar="ADDRESS", default=DEFAULT_EXPORT_HTTP, help=asked)
+    for command in (export, exported):
+        sysfs, state = Path(DEFAULT_SYSFS), Path(DEFAULT_STATE_DIRECTORY)
+        command.add_argument(
+            "--sysfs", metavar="DIR", type=Path, default=sysfs, help="where sysfs is mounted (default %(default)s)"
+        )
+        kept = "directory of the file that names the clients of exported devices (default %(default)s)"
+        command.add_argument("--state-directory", metavar="DIR", type=Path, default=state, help=kept)
+
+
+def _log_flags(command: argparse.ArgumentParser) -> None:
+    level = "lowest level to log (default %(default)s)"
+    command.add_argument("--log-level", choices=LOG_LEVELS, default=DEFAULT_LOG_LEVEL, help=level)
+    form = "log format (default %(default)s)"
+    command.add_argument("--log-format", choices=("json", "text"), default="json", help=form)
 
 
 def _simulate_flags(simulated: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

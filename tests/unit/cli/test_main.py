@@ -42,6 +42,12 @@ def complete(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         yield run
 
 
+COMMANDS = [
+    *("devices", "explain", "release", "check", "run", "export", "exported"),
+    *("completion", "demo", "simulate"),
+]
+
+
 @pytest.mark.parametrize(
     ("typed", "completions"),
     [
@@ -60,7 +66,7 @@ def complete(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         (("completion", ""), ["bash", "zsh", "fish"]),
         (("simulate", ""), ["kernel", "server"]),
         (("simulate", "server", "--log-level", "d"), ["debug"]),
-        (("nonsense", "x", ""), ["devices", "explain", "release", "check", "run", "completion", "demo", "simulate"]),
+        (("nonsense", "x", ""), COMMANDS),
     ],
 )
 def test_the_last_word_is_completed(complete: Complete, typed: tuple[str, ...], completions: list[str]) -> None:
@@ -92,7 +98,7 @@ def bash(line: str, tmp_path: Path) -> list[str]:
 
 
 def test_bash_completes_commands_flags_and_values(tmp_path: Path) -> None:
-    assert bash("usbip-plugin ex", tmp_path) == ["explain"]
+    assert bash("usbip-plugin exp", tmp_path) == ["explain", "export", "exported"]
     assert bash("usbip-plugin devices -o y", tmp_path) == ["yaml"]
     assert bash("usbip-plugin release --for", tmp_path) == ["--force"]
     assert bash("usbip-plugin explain usb", tmp_path) == [], "without a cluster, and without an error message"
