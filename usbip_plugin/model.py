@@ -45,7 +45,7 @@ class ServerKey:
 
 _MAX_TCP_PORT = 65535
 _MAX_ENDPOINT = 64  # characters of an endpoint; an IPv6 address has 45 at most
-_ENDPOINT = re.compile(r"(?:\[([0-9a-f:.]+)\]|([0-9.]+)):([0-9]{1,5})", re.ASCII | re.IGNORECASE)
+_ENDPOINT = re.compile(r"(?:\[([0-9a-f.]*:[0-9a-f:.]*)\]|([0-9.]+)):([0-9]{1,5})", re.ASCII | re.IGNORECASE)
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -254,6 +254,7 @@ class Lock:
     in_place_of: the ID of another device, which is now plugged in at this bus ID and attached from it.
     by_hand: whether the last write was a release by a person.
     failed_epoch: the epoch of the last Allocate that failed because of the device; None since a later one succeeded.
+    import_from: from where the holder imports the device, or the last holder did, as the server sees it.
     """
 
     device_id: str
@@ -276,6 +277,7 @@ class Lock:
     interfaces: tuple[InterfaceClass, ...] | None = None
     read_from: int | None = None
     failed_epoch: int | None = None
+    import_from: Endpoint | None = None
 
     @property
     def identity(self) -> Identity:

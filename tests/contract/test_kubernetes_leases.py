@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from tests.rigs.fake_api import NAMESPACE, FakeApi, client_of, serving
 from tests.rigs.lease_store_suite import WHEN, Compact, Delete, LeaseStoreContract, deleting
 from usbip_plugin.errors import KubeServerError
-from usbip_plugin.locks.kubernetes import KubernetesLeases
+from usbip_plugin.locks.kubernetes import MAX_MORE_SPEC, KubernetesLeases, decode, encode
 from usbip_plugin.locks.record import LOCK_LABELS, ChangeType, Lease
 
 
@@ -77,3 +78,15 @@ async def test_an_answer_without_a_resource_version_is_a_server_error(api: FakeA
         api.send_event({"type": "MODIFIED", "object": {"metadata": {"name": "usbip-a"}}})
         with pytest.raises(KubeServerError, match="no valid resourceVersion"):
             await anext(changes)
+
+
+def test_a_write_keeps_the_fields_of_spec_that_this_version_does_not_know() -> None:
+    more = {"strategy": "OldestEmulationVersion", "preferredHolder": "node-b"}
+    spec = {"holderIdentity": "node-a", "leaseTransitions": 3, **more}
+    read = decode({"metadata": {"name": "usbip-a", "resourceVersion": "7"}, "spec": spec})
+    assert encode(replace(read, holder=""), NAMESPACE)["spec"] == {**spec, "holderIdentity": ""}
+
+
+def test_unknown_fields_of_spec_are_bounded() -> None:
+    spec = {"holderIdentity": "node-a", "more": "x" * MAX_MORE_SPEC}
+    assert decode({"metadata": {"name": "usbip-a", "resourceVersion": "7"}, "spec": spec}).more_spec == {}

@@ -23,10 +23,13 @@ log = logging.getLogger(__name__)
 
 CDI_VERSION = "0.6.0"
 """Version of the CDI specification that the specs follow: the first with annotations."""
+FORMAT_VERSION = "1"
+"""Version of what a spec contains for the plugin itself, in its annotations. A spec without it has this version."""
 MAX_SPEC_CHARACTERS = 1 << 20
 """Maximum number of characters read from a spec file. A longer file counts as not written by this plugin."""
 _NOT_IN_CLASS = re.compile(r"[^A-Za-z0-9_-]")
 _RESOURCE = "resource"
+_FORMAT = "format"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +67,7 @@ def spec(domain: str, resource: str, device_id: str, containers: Mapping[int, In
     document = {
         "cdiVersion": CDI_VERSION,
         "kind": kind(domain, resource),
-        "annotations": {f"{domain}/{_RESOURCE}": resource},
+        "annotations": {f"{domain}/{_RESOURCE}": resource, f"{domain}/{_FORMAT}": FORMAT_VERSION},
         "devices": [
             {"name": f"{device_id}-{number}", "containerEdits": _edits(injected)}
             for number, injected in sorted(containers.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 from collections.abc import AsyncGenerator, Mapping
 from datetime import UTC, datetime
@@ -22,6 +23,8 @@ MAX_VERSION = 64  # resourceVersion
 MAX_HOLDER = 512  # a longer holder is cut; longer than any node's name, so that a cut holder is never a node's name
 MAX_NOTES = 16 * 1024  # keys and values of all annotations together, and of all labels together
 MAX_OWN_NOTE = 1024  # longest value of this project's annotations that is kept in preference to those of others
+MAX_MORE_SPEC = 1024  # fields of spec that this version does not know, as JSON; longer ones are dropped by a write
+_SPEC = frozenset({"holderIdentity", "leaseDurationSeconds", "acquireTime", "renewTime", "leaseTransitions"})
 # This project's keys, as the one copy that all decoded Leases share. Separate copies take 1 KiB for each lock.
 _KEYS = {key: key for key in record.OWN}
 
@@ -84,7 +87,11 @@ def encode(lease: Lease, namespace: str) -> dict[str, Any]:
         metadata["resourceVersion"] = lease.resource_version
     if lease.uid:
         metadata["uid"] = lease.uid
-    spec: dict[str, Any] = {"holderIdentity": lease.holder, "leaseTransitions": lease.transitions}
+    spec: dict[str, Any] = {
+        **lease.more_spec,
+        "holderIdentity": lease.holder,
+        "leaseTransitions": lease.transitions,
+    }
     if lease.duration_seconds is not None:
         spec["leaseDurationSeconds"] = lease.duration_seconds
     if lease.acquire_time is not None:
@@ -118,6 +125,7 @@ def decode(value: Mapping[str, Any]) -> Lease:
         labels=_strings(metadata.get("labels")),
         resource_version=version,
         uid=_short(metadata.get("uid"), MAX_NAME) or "",
+        more_spec=_more(spec),
     )
 
 
@@ -134,6 +142,15 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 def _short(value: Any, longest: int) -> str | None:
     return value if isinstance(value, str) and len(value) <= longest else None
+
+
+def _more(spec: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the fields of spec that this version does not know, nothing if they are longer than MAX_MORE_SPEC."""
+    more = {name: value for name, value in spec.items() if name not in _SPEC}
+    try:
+        return more if more and len(json.dumps(more)) <= MAX_MORE_SPEC else record.NO_FIELDS
+    except RecursionError:
+        return record.NO_FIELDS
 
 
 def _strings(value: Any) -> Mapping[str, str]:

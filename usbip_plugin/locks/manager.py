@@ -22,7 +22,7 @@ from usbip_plugin.locks.record import Lease, LeaseStore
 from usbip_plugin.locks.session import ExpiryWatch, Session
 from usbip_plugin.locks.watch import ApiReachability, ApiState, LockCache, LockChange, LockWatcher, WatchedStore
 from usbip_plugin.locks.writer import AcknowledgedWrite, WriteAttempts, Writer
-from usbip_plugin.model import DeviceKey, Identity, Lock, NodeIdentity, PodRef, UsbId
+from usbip_plugin.model import DeviceKey, Endpoint, Identity, Lock, NodeIdentity, PodRef, UsbId
 from usbip_plugin.observe.spans import device_attributes, span
 
 logger = logging.getLogger(__name__)
@@ -223,15 +223,18 @@ class LockManager:
         finally:
             self._on_acquire(result, self._clock.monotonic() - began)
 
-    async def renew(self, key: DeviceKey) -> Grant:
+    async def renew(self, key: DeviceKey, import_from: Endpoint | None = None) -> Grant:
         """Writes the lock again before a re-attach, which opens a new import window (R1).
+
+        import_from: from where this node is about to import; None leaves what the lock has.
 
         Raises LockLost if this boot of this node does not hold the lock any more, LockUnavailable if the API server
         does not answer or refuses. Whatever the outcome, run() does not release the lock: the caller must.
         """
         async with self._device_lock(key.id):
             self._abandoned.pop(key.id, None)
-            return self._grant(await self._amend(key, {}))
+            changes = {record.IMPORT_FROM: str(import_from)} if import_from is not None else {}
+            return self._grant(await self._amend(key, changes))
 
     async def annotate(
         self,

@@ -27,7 +27,7 @@ from datetime import datetime
 
 from usbip_plugin.locks import record
 from usbip_plugin.locks.record import Lease
-from usbip_plugin.model import DeviceKey, Identity, Lock, NodeIdentity
+from usbip_plugin.model import DeviceKey, Endpoint, Identity, Lock, NodeIdentity
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +38,14 @@ class LockMeta:
     identity: what was read from the device itself, merged into the annotations known so far.
     traceparent: W3C trace context of the operation.
     in_place_of: ID of the device that is to be attached from this bus ID; None clears the annotation.
+    import_from: from where this node is about to import. None removes that of another epoch.
     """
 
     usb_id: str | None = None
     identity: Identity | None = None
     traceparent: str | None = None
     in_place_of: str | None = None
+    import_from: Endpoint | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +147,7 @@ def decide_acquire(
     if lease is None:
         return Create(_taken(Lease(name=key.id, labels=record.LOCK_LABELS), key, meta, write))
     if is_mine(lease, write.me):
-        return Replace(_stamped(lease, write, _meta_notes(lease, key, meta)))
+        return Replace(_stamped(lease, write, _meta_notes(lease, key, meta), record.epoch_of(lease)))
     # two machines can have one name: the one that holds the lock under another boot id may be alive
     given_up = of_another_boot(lease, write.me) or may_take_over(lease, observation)
     if is_free(lease) or (importable and given_up):
@@ -160,7 +162,7 @@ def decide_amend(lease: Lease | None, write: Write, changes: Mapping[str, str | 
     """
     if lease is None or not is_mine(lease, write.me):
         return Denied(lease)
-    return Replace(_stamped(lease, write, changes))
+    return Replace(_stamped(lease, write, changes, record.epoch_of(lease)))
 
 
 def decide_release(lease: Lease | None, write: Write) -> Decision:
@@ -312,12 +314,18 @@ def lock_status(lease: Lease | None, me: NodeIdentity, observation: Observation 
 def _taken(lease: Lease, key: DeviceKey, meta: LockMeta, write: Write) -> Lease:
     """Returns the record with this node as holder, a new epoch, and without the last holder's pod, port and boot."""
     notes = {**_meta_notes(lease, key, meta), record.PORT: None, record.POD: None}
-    taken = _stamped(lease, write, notes)
-    return replace(taken, holder=write.me.node, acquire_time=write.at, transitions=record.epoch_of(lease) + 1)
+    epoch = record.epoch_of(lease) + 1
+    taken = _stamped(lease, write, notes, epoch)
+    return replace(taken, holder=write.me.node, acquire_time=write.at, transitions=epoch)
 
 
-def _stamped(lease: Lease, write: Write, changes: Mapping[str, str | None]) -> Lease:
-    marks = {**changes, record.BOOT_ID: write.me.boot_id, record.WRITE_ID: write.write_id}
+def _stamped(lease: Lease, write: Write, changes: Mapping[str, str | None], epoch: int) -> Lease:
+    marks = {
+        **record.format_annotations(lease, epoch),
+        **changes,
+        record.BOOT_ID: write.me.boot_id,
+        record.WRITE_ID: write.write_id,
+    }
     return replace(
         lease,
         duration_seconds=math.ceil(write.duration),
@@ -333,6 +341,8 @@ def _meta_notes(lease: Lease, key: DeviceKey, meta: LockMeta) -> dict[str, str |
     notes.update(record.identity_annotations(record.merged_annotations(lease.annotations, notes), meta.identity))
     if meta.traceparent is not None:
         notes[record.TRACEPARENT] = meta.traceparent
+    if meta.import_from is not None:
+        notes[record.IMPORT_FROM] = str(meta.import_from)
     return notes
 
 

@@ -12,12 +12,13 @@ from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from types import MappingProxyType
-from typing import Protocol
+from typing import Any, Protocol
 
 from usbip_plugin.model import (
     DEVICE_ID_PREFIX,
     SESSION_PREFIX,
     DeviceKey,
+    Endpoint,
     Identity,
     InterfaceClass,
     Lock,
@@ -27,10 +28,15 @@ from usbip_plugin.model import (
     valid_busid,
 )
 
+NO_FIELDS: Mapping[str, Any] = MappingProxyType({})
+
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """A coordination.k8s.io/v1 Lease. resource_version and uid are "" if it was not read from a store."""
+    """A coordination.k8s.io/v1 Lease. resource_version and uid are "" if it was not read from a store.
+
+    more_spec: the fields of spec that this version does not know, which a write keeps.
+    """
 
     name: str
     holder: str = ""
@@ -42,6 +48,7 @@ class Lease:
     labels: Mapping[str, str] = field(default_factory=dict)
     resource_version: str = ""
     uid: str = ""
+    more_spec: Mapping[str, Any] = field(default_factory=lambda: NO_FIELDS)
 
 
 class ChangeType(enum.Enum):
@@ -118,6 +125,18 @@ IN_PLACE_OF = DOMAIN + "in-place-of"
 """ID of the device that is attached from this bus ID instead of from its own."""
 FAILED_EPOCH = DOMAIN + "failed-epoch"
 """Epoch of the last Allocate that failed because of the device or its server; removed after one that succeeded."""
+IMPORT_FROM = DOMAIN + "import-from"
+"""Local address and port of the holder's import, written before it connects: "10.0.0.5:40123", "[fd00::5]:40123".
+
+Stays after a release: only its node can end a connection that its server does not know to be dead.
+"""
+FORMAT = DOMAIN + "format"
+"""Version of these annotations, and the epoch in which it was written: "2/17". An epoch without it has version 1."""
+FORMAT_VERSION = 2
+"""Version that this plugin writes, raised when a key of the holder is added. Version 2 has IMPORT_FROM.
+
+Readers ignore unknown keys. An older plugin does not clear newer ones, so that they count only in the epoch of FORMAT.
+"""
 WRITE_ID = DOMAIN + "write-id"
 """Random mark of the last write, by which a plugin recognises its own write; or BY_HAND."""
 BY_HAND = "released-by-hand"
@@ -125,7 +144,7 @@ BY_HAND = "released-by-hand"
 OWN = frozenset(
     {
         *(LABEL, SERVER, BUSID, USB_ID, SERIAL, INTERFACES, READ_FROM),
-        *(BOOT_ID, PORT, POD, TRACEPARENT, IN_PLACE_OF, FAILED_EPOCH, WRITE_ID),
+        *(BOOT_ID, PORT, POD, TRACEPARENT, IN_PLACE_OF, FAILED_EPOCH, IMPORT_FROM, FORMAT, WRITE_ID),
     }
 )
 """The keys of all labels and annotations that this project writes."""
@@ -145,6 +164,7 @@ _INTERFACES = re.compile(f"([0-9a-f]{{6}}(,[0-9a-f]{{6}}){{0,{MAX_INTERFACES - 1
 _READ_FROM = re.compile("([0-9]{1,5}):([0-9]{1,5})")
 _PORT = re.compile("[0-9]{1,4}")
 _EPOCH = re.compile("[0-9]{1,10}", re.ASCII)
+_FORMAT = re.compile("[0-9]{1,4}/([0-9]{1,10})", re.ASCII)
 _TRACEPARENT = re.compile("[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _DNS = re.compile("[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
 _UID = re.compile("[A-Za-z0-9-]{1,64}")
@@ -188,6 +208,7 @@ def lock_of(lease: Lease) -> Lock:
         interfaces=interfaces_of(notes.get(INTERFACES)),
         read_from=read_from_of(notes.get(READ_FROM)),
         failed_epoch=int(failed) if (failed := _match(_EPOCH, notes.get(FAILED_EPOCH))) is not None else None,
+        import_from=import_from_of(lease),
     )
 
 
@@ -201,6 +222,26 @@ def holder_text(holder: str) -> str:
 
 def epoch_of(lease: Lease) -> int:
     return min(max(lease.transitions, 0), _MAX_EPOCH)
+
+
+def _format_is_current(lease: Lease) -> bool:
+    found = _FORMAT.fullmatch(lease.annotations.get(FORMAT, ""))
+    return found is not None and int(found[1]) == epoch_of(lease)
+
+
+def format_annotations(lease: Lease, epoch: int) -> dict[str, str | None]:
+    """Returns the annotation changes that record FORMAT_VERSION in a write of this epoch.
+
+    Removes the holder's keys since version 2 if they are of another epoch.
+    """
+    outdated = (IMPORT_FROM,) if epoch != epoch_of(lease) or not _format_is_current(lease) else ()
+    return {FORMAT: f"{FORMAT_VERSION}/{epoch}", **dict.fromkeys(outdated)}
+
+
+def import_from_of(lease: Lease) -> Endpoint | None:
+    """Returns the endpoint in IMPORT_FROM; None if it is not valid or of an earlier epoch."""
+    text = lease.annotations.get(IMPORT_FROM)
+    return Endpoint.parse(text) if text is not None and _format_is_current(lease) else None
 
 
 def port_of(text: str | None) -> int | None:

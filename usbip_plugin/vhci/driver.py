@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from usbip_plugin.model import Attachment, Descriptor, DeviceKey
+from usbip_plugin.model import Attachment, Descriptor, DeviceKey, Endpoint
 from usbip_plugin.vhci.sysfs import Hub, PortStatus
 
 CHILD_WAIT_S = 3.0  # seconds to wait for child nodes that the interface classes lead to expect
@@ -23,6 +23,7 @@ class PortState:
 
     record: the device in the record, written by this node's plugin or the `usbip` tool; None for a free port.
     by_plugin: whether a plugin of this node wrote the record, rather than the tool.
+    import_from: this node's end of the connection, as the record has it.
     """
 
     number: int
@@ -33,6 +34,7 @@ class PortState:
     local_busid: str | None = None
     record: DeviceKey | None = None
     by_plugin: bool = False
+    import_from: Endpoint | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from usbip_plugin.clock import Clock
@@ -33,7 +34,7 @@ from usbip_plugin.vhci.children import Children
 from usbip_plugin.vhci.devices import DeviceAttributes, DeviceNodes, is_hub, read_attributes, read_nodes
 from usbip_plugin.vhci.driver import ABANDON_S, ASKED_CHILD_WAIT_S, CHILD_WAIT_S, DriverReport, PortState
 from usbip_plugin.vhci.hubs import HubGuard
-from usbip_plugin.vhci.records import Record, Records
+from usbip_plugin.vhci.records import Record, Records, local_endpoint
 from usbip_plugin.vhci.sysfs import (
     SAME_PORT,
     SPEED_SUPER,
@@ -117,9 +118,11 @@ class SysfsVhci:
         record = None if self._foreign(port) else self._records.read(port.number)
         if record is not None and not record.fits(port.occupant):
             record = None
-        key = record.key if record is not None else None
-        by_plugin = record is not None and record.occupant is not None
-        return PortState(port.number, port.hub, port.status, port.speed, port.devid, port.local_busid, key, by_plugin)
+        state = PortState(port.number, port.hub, port.status, port.speed, port.devid, port.local_busid)
+        if record is None:
+            return state
+        by_plugin = record.occupant is not None
+        return replace(state, record=record.key, by_plugin=by_plugin, import_from=record.import_from)
 
     async def attach(self, key: DeviceKey, descriptor: Descriptor, fd: int) -> int:
         hub = hub_of(descriptor.speed)
@@ -158,7 +161,7 @@ class SysfsVhci:
         handed_over = done = False
         try:
             text = format_attach(port.number, own, descriptor.devid, speed)
-            self._write_record(port.number, Record(key, (descriptor.devid, own)))
+            self._write_record(port.number, Record(key, (descriptor.devid, own), local_endpoint(own)))
             self._guard.hold(port)
             undo = functools.partial(self._undo_attach, port.number)
             handed_over = True

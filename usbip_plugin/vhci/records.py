@@ -1,6 +1,12 @@
 """Port records: files /run/vhci_hcd/portN that name the remote device attached to a port.
 
-The format is the one of the `usbip` tool, which reads and writes these files too.
+The first line is the one of the `usbip` tool, which reads and writes these files too. The plugin adds lines:
+
+    10.20.30.40 3240 1-1.4                      host, port and bus ID, all that the tool writes and reads
+    65540 312                                   devid and sockfd of the attachment
+    version=2 import-from=10.20.30.7:40123      since version 2; unknown words and further lines are ignored
+
+A plugin of version 1 ignores the second line if a third follows. Then it adopts the device by its lock alone.
 """
 
 from __future__ import annotations
@@ -8,14 +14,18 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-from usbip_plugin.model import DeviceKey, ServerKey
+from usbip_plugin.model import DeviceKey, Endpoint, ServerKey
+
+RECORD_VERSION = 2
+"""Version of the records that the plugin writes."""
 
 MAX_RECORD = 1200  # characters read of a record; the tool reads host 1025 + port 32 + busid 32
 _MAX_HOST = 1024
-_OCCUPANT = re.compile(r"([0-9]{1,10}) ([0-9]{1,10})\n?")
+_OCCUPANT = re.compile(r"([0-9]{1,10}) ([0-9]{1,10})")
 _BUSID = re.compile(r"[0-9A-Za-z.:_-]{1,31}")
 _FILE = re.compile(r"port(0|[1-9][0-9]{0,5})")
 _MAX_PORT = 65535
@@ -23,10 +33,15 @@ _MAX_PORT = 65535
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """The content of a port record. occupant: Port.occupant; None in a record that the `usbip` tool wrote."""
+    """The content of a port record.
+
+    occupant: Port.occupant; None in a record that the `usbip` tool wrote.
+    import_from: the node's end of the connection; None in a record of the tool or of version 1.
+    """
 
     key: DeviceKey
     occupant: tuple[int, int] | None = None
+    import_from: Endpoint | None = None
 
     def fits(self, occupant: tuple[int, int] | None) -> bool:
         """Returns whether the record may belong to this attachment. An unknown occupant on either side always fits."""
@@ -34,14 +49,12 @@ class Record:
 
 
 def format_record(record: Record) -> str:
-    """Returns the text of a record: the line "host port busid" of the `usbip` tool, then the line "devid sockfd".
-
-    The tool ignores the second line. Raises ValueError if the tool could not read the key back.
-    """
+    """Returns the text of a record. Raises ValueError if the tool could not read the key back."""
     key = record.key
     text = f"{key.server.host} {key.server.port} {key.busid}\n"
     if record.occupant is not None:
-        text += f"{record.occupant[0]} {record.occupant[1]}\n"
+        text += f"{record.occupant[0]} {record.occupant[1]}\nversion={RECORD_VERSION}"
+        text += f" import-from={record.import_from}\n" if record.import_from is not None else "\n"
     if parse_record(text) != record:
         raise ValueError(f"{key} cannot be written as a port record")
     return text
@@ -49,7 +62,7 @@ def format_record(record: Record) -> str:
 
 def parse_record(text: str) -> Record | None:
     """Returns the record in the text, or None if it is not valid or has a service name instead of a TCP port."""
-    first, _, second = text.partition("\n")
+    first, second, third, *_ = (*text.split("\n"), "", "")
     fields = first.split()
     if len(fields) != 3 or len(text) > MAX_RECORD:
         return None
@@ -59,8 +72,17 @@ def parse_record(text: str) -> Record | None:
     if not (port.isascii() and port.isdigit() and 0 < int(port) <= _MAX_PORT) or not _BUSID.fullmatch(busid):
         return None
     found = _OCCUPANT.fullmatch(second)
-    occupant = (int(found[1]), int(found[2])) if found is not None else None
-    return Record(DeviceKey(ServerKey(host, int(port)), busid), occupant)
+    key = DeviceKey(ServerKey(host, int(port)), busid)
+    if found is None:
+        return Record(key)
+    words = dict(word.partition("=")[::2] for word in third.split())
+    return Record(key, (int(found[1]), int(found[2])), Endpoint.parse(words.get("import-from", "")))
+
+
+def local_endpoint(fd: int) -> Endpoint | None:
+    """Returns this node's end of a TCP connection, None for a socket of another kind. Raises OSError."""
+    with socket.socket(fileno=os.dup(fd)) as sock:
+        return Endpoint.of(sock.getsockname()) if sock.family in (socket.AF_INET, socket.AF_INET6) else None
 
 
 def _without_waiting(path: str, flags: int) -> int:

@@ -45,7 +45,7 @@ def test_a_spec_has_the_nodes_and_the_environment_of_each_device() -> None:
     assert json.loads(spec(DOMAIN, "storage", ID, {1: INJECTED, 0: Injected((), {})})) == {
         "cdiVersion": "0.6.0",
         "kind": "usbip.dev/storage",
-        "annotations": {"usbip.dev/resource": "storage"},
+        "annotations": {"usbip.dev/resource": "storage", "usbip.dev/format": "1"},
         "devices": [
             {"name": f"{ID}-0", "containerEdits": {"deviceNodes": []}},
             {

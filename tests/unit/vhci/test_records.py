@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from usbip_plugin.model import DeviceKey, ServerKey
+from usbip_plugin.model import DeviceKey, Endpoint, ServerKey
 from usbip_plugin.vhci.records import Record, Records, format_record, parse_record
 
 KEY = DeviceKey(ServerKey("10.20.30.40", 3240), "1-1.4")
@@ -41,12 +41,15 @@ def test_a_record_fits_its_occupant() -> None:
     assert Record(KEY).fits((1, 2)), "a record of the tool has no occupant"
 
 
-occupants = st.none() | st.tuples(st.integers(0, 2**32 - 1), st.integers(0, 2**31 - 1))
+occupants = st.tuples(st.integers(0, 2**32 - 1), st.integers(0, 2**31 - 1))
+sources = st.none() | st.builds(Endpoint, st.ip_addresses(v=4).map(str), st.integers(1, 65535))
 
 
-@given(hosts, st.integers(1, 65535), busids, occupants)
-def test_a_written_record_is_read_back(host: str, port: int, busid: str, occupant: tuple[int, int] | None) -> None:
-    record = Record(DeviceKey(ServerKey(host, port), busid), occupant)
+@given(hosts, st.integers(1, 65535), busids, st.none() | st.tuples(occupants, sources))
+def test_a_written_record_is_read_back(
+    host: str, port: int, busid: str, ours: tuple[tuple[int, int], Endpoint | None] | None
+) -> None:
+    record = Record(DeviceKey(ServerKey(host, port), busid), *(ours or ()))
     assert parse_record(format_record(record)) == record
 
 
