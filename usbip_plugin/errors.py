@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from usbip_plugin.model import DeviceKey, ServerKey, UsbId
+    from usbip_plugin.model import DeviceKey, Endpoint, ServerKey, UsbId
 
 LEAST_KERNEL = "4.17"
 """The oldest Linux that works. Older ones have other columns in status, and the address of a socket, not its number."""
@@ -69,6 +69,22 @@ class UsbipError(PluginError):
 
 class ServerUnreachable(UsbipError):
     """The server cannot be reached: connection refused, reset or closed, no route, no such host."""
+
+
+class SourceClosing(ServerUnreachable):
+    """The server has not ended a connection yet that this node has ended. A new one cannot come from the same port."""
+
+    def __init__(self, server: ServerKey, source: Endpoint) -> None:
+        super().__init__(server, f"it has not ended the last connection from {source} yet; the next try may succeed")
+
+
+class SourceNotLocal(UsbipError):
+    """The address of a source port is not one of this node."""
+
+    def __init__(self, server: ServerKey, source: Endpoint) -> None:
+        super().__init__(
+            server, f"{source.address}, from where it was last connected to, is not an address of this node"
+        )
 
 
 class ServerTimeout(UsbipError):

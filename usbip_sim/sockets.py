@@ -8,16 +8,24 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
+from usbip_plugin.model import Endpoint
 from usbip_plugin.sync import Broadcast
 
 CLOSED = -1
 
 
 class Connection:
-    """Connection that all its MemorySocket references share. Carries no data, unlike TcpConnection."""
+    """Connection that all its MemorySocket references share. Carries no data, unlike TcpConnection.
+
+    endpoint: its local end, None if it has no address.
+    abortive: its last reference ends it with a RST instead of a FIN.
+    """
+
+    endpoint: Endpoint | None = None
 
     def __init__(self) -> None:
         self.references = 0
+        self.abortive = False
         self.closed_by_peer = False
         self.ended = False
         self._end = Broadcast()
@@ -138,6 +146,12 @@ class MemorySocket(socket.socket):
     def ended(self) -> bool:
         """True once either side has ended the connection."""
         return self.connection.ended
+
+    def setsockopt(self, level: int, optname: int, value: Any, optlen: int | None = None, /) -> None:  # noqa: ARG002
+        """Sets SO_LINGER to zero seconds only. Raises OSError for other options."""
+        if (level, optname) != (socket.SOL_SOCKET, socket.SO_LINGER):
+            raise OSError(errno.ENOPROTOOPT, "no such option")
+        self.connection.abortive = True
 
     def recv(self, bufsize: int, flags: int = 0, /) -> bytes:
         """Peeks at data, with the flags MSG_PEEK and MSG_DONTWAIT only. Raises OSError for other flags.

@@ -19,13 +19,14 @@ from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, S
 from usbip_plugin.errors import ConfigError, ServerUnreachable
 from usbip_plugin.kubelet import deviceplugin_pb2 as pb
 from usbip_plugin.kubelet.deviceplugin_pb2_grpc import DevicePluginStub
-from usbip_plugin.model import DeviceKey, PodRef, Reason, ServerKey, UsbId
+from usbip_plugin.model import DeviceKey, Endpoint, PodRef, Reason, ServerKey, UsbId
 from usbip_plugin.node.status import config_failed, config_loaded, status_of
 from usbip_plugin.observe.http import HttpServer, Site, Verdict, standard_pages
 from usbip_plugin.observe.metrics import Metrics
 from usbip_plugin.observe.status import NodeReport
 from usbip_plugin.observe.tracing import RecentSpans, Tracing
-from usbip_plugin.usbip.client import Connector, TcpUsbipClient
+from usbip_plugin.usbip.client import TcpUsbipClient
+from usbip_plugin.usbip.connect import Connector, Source
 from usbip_sim.server.server import VirtualServer
 from usbip_sim.server.usbdevice import VirtualDevice
 from usbip_sim.world import Setup, SimNode, World, running
@@ -49,6 +50,12 @@ class NamingConnector:
             return await self._connector.connect(self._real[server].key)
         except ServerUnreachable as error:
             raise ServerUnreachable(server, str(error).partition(": ")[2]) from error
+
+    async def bind(self, server: ServerKey, last: Endpoint | None = None) -> Source:
+        return await self._connector.bind(self._real[server].key, last)
+
+    async def end_half_open(self, server: ServerKey, source: Endpoint) -> None:
+        await self._connector.end_half_open(self._real[server].key, source)
 
     def close(self) -> None:
         self._connector.close()

@@ -38,7 +38,8 @@ from usbip_plugin.errors import (
 from usbip_plugin.locks.manager import LockManager, LockSettings
 from usbip_plugin.model import DeviceKey, NodeIdentity, ServerKey, UsbId
 from usbip_plugin.usbip import wire
-from usbip_plugin.usbip.client import Connector, TcpUsbipClient
+from usbip_plugin.usbip.client import TcpUsbipClient
+from usbip_plugin.usbip.connect import Connector
 from usbip_plugin.usbip.identify import DeviceIdentity
 from usbip_plugin.usbip.wire import ImportReply, encode_devlist_reply, encode_import_reply
 from usbip_plugin.vhci.sysfs import PortStatus

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,11 +17,14 @@ from usbip_plugin.errors import (
     MalformedReply,
     ServerTimeout,
     ServerUnreachable,
+    SourceClosing,
+    SourceNotLocal,
     UsbipError,
     WrongDevice,
 )
-from usbip_plugin.model import DeviceKey, InterfaceClass, ServerKey, UsbId
+from usbip_plugin.model import DeviceKey, Endpoint, InterfaceClass, ServerKey, UsbId
 from usbip_plugin.usbip.client import Imported, UsbipClient
+from usbip_plugin.usbip.connect import Source
 from usbip_sim.server.server import RESET_TIME, VirtualServer
 from usbip_sim.server.usbdevice import VENDOR_CLASS, VirtualDevice
 
@@ -52,6 +56,9 @@ class Lab:
 
     async def import_stick(self, timeout: float = PATIENCE) -> Imported:
         return await self.client.import_device(self.stick, timeout=timeout)
+
+    async def bind(self, last: Endpoint | None = None, timeout: float = PATIENCE) -> Source:
+        return await self.client.bind(self.server.key, last, timeout=timeout)
 
     async def freed(self) -> None:
         """Waits until the server has the stick back, and passes the time of its reset."""
@@ -125,6 +132,68 @@ class UsbipClientContract:
     async def test_an_unknown_device_is_refused(self, lab: Lab, busid: str) -> None:
         with pytest.raises(DeviceUnknown, match="usbip bind"):
             await lab.client.import_device(DeviceKey(lab.server.key, busid), timeout=PATIENCE)
+
+    async def test_an_import_comes_from_the_port_that_was_bound_for_it(self, lab: Lab) -> None:
+        with contextlib.closing(await lab.bind()) as source:
+            imported = await lab.client.import_device(lab.stick, source=source, timeout=PATIENCE)
+        assert lab.server.peers(STICK.busid) == [source.endpoint]
+        imported.close()
+
+    async def test_a_refused_import_is_repeated_from_the_same_port(self, lab: Lab) -> None:
+        other = await lab.connect().import_device(lab.stick, timeout=PATIENCE)
+        with contextlib.closing(await lab.bind()) as source:
+            for _ in range(3):
+                with pytest.raises(DeviceBusy):
+                    await lab.client.import_device(lab.stick, source=source, timeout=PATIENCE)
+            other.close()
+            await lab.freed()
+            imported = await lab.client.import_device(lab.stick, source=source, timeout=PATIENCE)
+        assert lab.server.peers(STICK.busid) == [source.endpoint]
+        imported.close()
+
+    async def test_the_port_of_an_import_that_the_server_has_ended_is_bound_again(self, lab: Lab) -> None:
+        with contextlib.closing(await lab.bind()) as source:
+            imported = await lab.client.import_device(lab.stick, source=source, timeout=PATIENCE)
+        lab.server.drop(STICK.busid)
+        await lab.freed()
+        imported.close()
+        with contextlib.closing(await lab.bind(source.endpoint)) as again:
+            assert again.endpoint == source.endpoint
+            (await lab.client.import_device(lab.stick, source=again, timeout=PATIENCE)).close()
+
+    async def test_another_port_is_bound_while_an_import_has_the_last_and_after_this_node_has_ended_it(
+        self, lab: Lab
+    ) -> None:
+        with contextlib.closing(await lab.bind()) as source:
+            imported = await lab.client.import_device(lab.stick, source=source, timeout=PATIENCE)
+        with pytest.raises(ServerUnreachable):
+            await lab.client.end_half_open(lab.server.key, source.endpoint, timeout=PATIENCE)
+        assert lab.server.peers(STICK.busid) == [source.endpoint], "a live import was ended"
+        with contextlib.closing(await lab.bind(source.endpoint)) as other:
+            assert other.endpoint != source.endpoint
+        imported.close()
+        await lab.freed()
+        with contextlib.closing(await lab.bind(source.endpoint)) as other:
+            assert other.endpoint != source.endpoint, "TIME_WAIT"
+
+    async def test_a_port_is_not_bound_while_the_server_has_not_ended_its_connection(self, lab: Lab) -> None:
+        with contextlib.closing(await lab.bind()) as source:
+            imported = await lab.client.import_device(lab.stick, source=source, timeout=PATIENCE)
+        lab.server.freeze()
+        imported.close()
+        with pytest.raises((SourceClosing, ServerTimeout)):
+            await lab.bind(source.endpoint, SHORT)
+        binding = asyncio.ensure_future(lab.bind(source.endpoint))
+        lab.server.thaw()
+        with contextlib.closing(await binding) as other:
+            assert other.endpoint != source.endpoint
+
+    async def test_a_port_of_another_node_is_not_used(self, lab: Lab) -> None:
+        elsewhere = Endpoint("192.0.2.7", 40123)
+        with contextlib.closing(await lab.bind(elsewhere)) as source:
+            assert source.endpoint.address != elsewhere.address
+        with pytest.raises(SourceNotLocal, match=elsewhere.address):
+            await lab.client.end_half_open(lab.server.key, elsewhere, timeout=PATIENCE)
 
     async def test_one_of_many_concurrent_imports_succeeds(self, lab: Lab) -> None:
         async def attempt() -> Imported | UsbipError:

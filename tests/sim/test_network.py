@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from usbip_plugin.errors import DeviceBusy, ServerTimeout, ServerUnreachable, UsbipError
-from usbip_plugin.model import DeviceKey, UsbId
+from usbip_plugin.errors import DeviceBusy, ServerTimeout, ServerUnreachable, SourceClosing, SourceNotLocal, UsbipError
+from usbip_plugin.model import DeviceKey, Endpoint, UsbId
 from usbip_plugin.usbip.client import Imported, TcpUsbipClient
 from usbip_sim.server.server import RESET_TIME, VirtualServer
 from usbip_sim.server.usbdevice import VirtualDevice
@@ -49,6 +49,16 @@ class Lab:
 
     async def take(self, node: Node) -> Imported:
         return await node.client.import_device(self.key, timeout=TIMEOUT)
+
+    async def half_open(self) -> tuple[Imported, Endpoint]:
+        """Returns an import of node a, and its port, after a cut that has ended it at the node only."""
+        source = await self.a.client.bind(self.server.key, timeout=TIMEOUT)
+        imported = await self.a.client.import_device(self.key, source=source, timeout=TIMEOUT)
+        self.a.link.cut()
+        await self.sleep(DEAD_PEER_S + 1)
+        self.a.link.mend()
+        assert self.network.half_open(self.server.key) == 1
+        return imported, source.endpoint
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
@@ -161,6 +171,59 @@ async def test_an_idle_connection_finds_its_other_side_dead(keepalive: bool) -> 
     lab.a.link.mend()
     await lab.sleep(3600)
     assert lab.importers == (0 if keepalive else 1), "the RST was lost, and usbipd sends no probe"
+
+
+@stepped
+async def test_a_connect_from_the_port_of_a_half_open_connection_ends_it_at_the_server() -> None:
+    lab = Lab()
+    imported, source = await lab.half_open()
+    with pytest.raises(DeviceBusy):
+        await lab.take(lab.a)
+    await lab.a.client.end_half_open(lab.server.key, source, timeout=TIMEOUT)
+    await lab.sleep(LATENCY * 1.1)
+    assert (lab.importers, lab.network.half_open(lab.server.key)) == (0, 0)
+    await lab.sleep(RESET_TIME)
+    (await lab.take(lab.b)).close()
+    imported.close()
+
+
+@stepped
+async def test_an_import_from_the_port_of_a_half_open_connection_replaces_it() -> None:
+    lab = Lab()
+    imported, last = await lab.half_open()
+    source = await lab.a.client.bind(lab.server.key, last, timeout=TIMEOUT)
+    assert source.endpoint == last
+    with pytest.raises(DeviceBusy):
+        await lab.a.client.import_device(lab.key, source=source, timeout=TIMEOUT)
+    await lab.sleep(RESET_TIME)
+    again = await lab.a.client.import_device(lab.key, source=source, timeout=TIMEOUT)
+    assert lab.server.peers("1-1") == [last]
+    for one in (again, imported):
+        one.close()
+
+
+@stepped
+async def test_no_other_node_ends_a_half_open_connection() -> None:
+    lab = Lab()
+    imported, source = await lab.half_open()
+    with pytest.raises(SourceNotLocal):
+        await lab.b.client.end_half_open(lab.server.key, source, timeout=TIMEOUT)
+    await lab.sleep(60)
+    assert lab.importers == 1
+    imported.close()
+
+
+@stepped
+async def test_an_orphan_that_repeats_its_fin_keeps_its_port() -> None:
+    lab = Lab()
+    source = await lab.a.client.bind(lab.server.key, timeout=TIMEOUT)
+    imported = await lab.a.client.import_device(lab.key, source=source, timeout=TIMEOUT)
+    lab.a.link.cut()
+    imported.close()
+    with pytest.raises(SourceClosing):
+        await lab.a.client.bind(lab.server.key, source.endpoint, timeout=USER_TIMEOUT_S)
+    await lab.sleep(ORPHAN_S + 1)
+    assert (await lab.a.client.bind(lab.server.key, source.endpoint, timeout=TIMEOUT)).endpoint == source.endpoint
 
 
 @stepped

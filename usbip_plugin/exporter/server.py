@@ -22,7 +22,7 @@ from usbip_plugin.exporter.exports import Exports, ImportResult
 from usbip_plugin.exporter.repeats import FirstTimes
 from usbip_plugin.model import Endpoint
 from usbip_plugin.usbip import wire
-from usbip_plugin.usbip.client import set_options
+from usbip_plugin.usbip.connect import set_options
 
 log = logging.getLogger(__name__)
 

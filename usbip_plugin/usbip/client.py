@@ -1,4 +1,4 @@
-"""The USB/IP client: connects to servers, lists and imports their devices, and probes an imported device.
+"""The USB/IP client: lists and imports the devices of servers, and probes an imported device.
 
 Connections are raw TCP sockets, because the file descriptor of an imported device goes to the kernel.
 """
@@ -6,18 +6,13 @@ Connections are raw TCP sockets, because the file descriptor of an imported devi
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import socket
-import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol, TypeAlias, TypeVar
 
-import aiohappyeyeballs
-from aiohappyeyeballs.types import AddrInfoType
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
 from usbip_plugin import model
 from usbip_plugin.clock import Clock
@@ -28,10 +23,12 @@ from usbip_plugin.errors import (
     MalformedReply,
     ServerTimeout,
     ServerUnreachable,
+    SourceClosing,
     UsbipError,
 )
-from usbip_plugin.model import Descriptor, DeviceKey, ServerKey
+from usbip_plugin.model import Descriptor, DeviceKey, Endpoint, ServerKey
 from usbip_plugin.usbip import wire
+from usbip_plugin.usbip.connect import Connector, Dialler, Source, reset
 from usbip_plugin.usbip.identify import ControlPipe, DeviceIdentity, read_identity
 
 log = logging.getLogger(__name__)
@@ -42,142 +39,14 @@ DeviceList: TypeAlias = wire.DevlistReply
 """The devices that a server lists, and the problems of its list."""
 why_unlisted = wire.why_unlisted
 
-# TCP keepalive: seconds of silence before the first probe, seconds between probes, and unanswered probes until the
-# connection ends. A dead server is found within about 8 s.
-KEEPALIVE_IDLE_S = 2
-KEEPALIVE_INTERVAL_S = 2
-KEEPALIVE_COUNT = 3
-# Time for which sent data may stay unacknowledged (milliseconds), the same 8 s. Keepalive watches an idle connection
-# only; with data under way, the kernel would try again for a quarter of an hour.
-USER_TIMEOUT_MS = (KEEPALIVE_IDLE_S + KEEPALIVE_INTERVAL_S * KEEPALIVE_COUNT) * 1000
-# Wait for one address before the next is tried beside it (seconds), as RFC 8305 recommends.
-NEXT_ADDRESS_S = 0.25
-HOSTS = Path("/etc/hosts")
-# Bytes of HOSTS that are read: a node has a few KiB there.
-MAX_HOSTS_BYTES = 1 << 20
-
-Addresses: TypeAlias = Sequence[AddrInfoType]
-# What getaddrinfo raises: for an unknown name, for text that cannot be a name, and for a port far out of range.
-_NO_ADDRESS = (socket.gaierror, UnicodeError, OverflowError)
-
-
-def resolver_names(host: str, hosts: str) -> Sequence[str]:
-    """Returns what to ask the resolver for, given a server's host name and the text of /etc/hosts.
-
-    A name with a dot is absolute: with the search path of a pod, lab.lan would first be Service lab of namespace lan,
-    and whoever owns that namespace would be the server. The resolver does not find an absolute name in /etc/hosts, so
-    the addresses that the file has for the name are returned instead. A name without a dot is searched for as usual.
-    """
-    if "." not in host.rstrip("."):
-        return (host,)
-    lines = (line.partition("#")[0].lower().split() for line in hosts.splitlines())
-    return [fields[0] for fields in lines if host.lower() in fields[1:]] or (f"{host}.",)
-
-
-def resolve(server: ServerKey) -> Addresses:
-    """Resolves the server's host name. Blocks. Raises ServerUnreachable if there is no such host."""
-    try:
-        with HOSTS.open(encoding="ascii", errors="replace") as file:
-            hosts = file.read(MAX_HOSTS_BYTES)
-    except OSError:
-        hosts = ""
-    try:
-        return [
-            address
-            for name in resolver_names(server.host, hosts)
-            for address in socket.getaddrinfo(name, server.port, type=socket.SOCK_STREAM)
-        ]
-    except _NO_ADDRESS as error:
-        reason = error.strerror if isinstance(error, socket.gaierror) else str(error)
-        raise ServerUnreachable(server, f"no such host: {reason}") from error
-
-
-class Connector:
-    """The Dialler that connects over TCP. The owner must close() it.
-
-    Resolves each server's name in a thread of its own, at most one at a time, so that a dead name server delays neither
-    the name of another server nor other code. A waiting thread takes 25 KiB, and does not keep the process from ending.
-    """
-
-    def __init__(self, resolve: Callable[[ServerKey], Addresses] = resolve) -> None:
-        self._resolve = resolve
-        self._lookups: dict[ServerKey, asyncio.Future[Addresses]] = {}
-
-    def close(self) -> None:
-        """Gives up the lookups under way. Does not wait for a name server."""
-        for lookup in self._lookups.values():
-            lookup.cancel()
-
-    async def connect(self, server: ServerKey) -> socket.socket:
-        """Returns a connected non-blocking socket with keepalive set. Tries every address, the next one after 0.25 s.
-
-        Raises ServerUnreachable with the reason. Not bounded in time: the caller sets the timeout. Cancel-safe.
-        """
-        addresses = await self._addresses(server)
-        try:
-            sock = await aiohappyeyeballs.start_connection(addresses, happy_eyeballs_delay=NEXT_ADDRESS_S, interleave=1)
-        except ConnectionRefusedError as refused:
-            raise ServerUnreachable(
-                server, "connection refused; check that usbipd is running on the server"
-            ) from refused
-        except OSError as error:
-            raise ServerUnreachable(server, f"cannot connect: {error.strerror or error}") from error
-        try:
-            set_options(sock)
-        except OSError as error:
-            sock.close()
-            raise ServerUnreachable(
-                server, f"connection lost right after connecting: {error.strerror or error}"
-            ) from error
-        return sock
-
-    async def _addresses(self, server: ServerKey) -> Addresses:
-        with contextlib.suppress(*_NO_ADDRESS):  # a name, not an address
-            return socket.getaddrinfo(
-                server.host, server.port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
-            )
-        lookup = self._lookups.get(server)
-        if lookup is None:
-            lookup = self._lookups[server] = asyncio.wrap_future(self._start(server))
-            lookup.add_done_callback(lambda future: self._resolved(server, future))
-        return await asyncio.shield(lookup)
-
-    def _start(self, server: ServerKey) -> Future[Addresses]:
-        """Starts a thread that resolves the server's name."""
-        answer = Future[Addresses]()
-
-        def work() -> None:
-            if not answer.set_running_or_notify_cancel():
-                return
-            try:
-                answer.set_result(self._resolve(server))
-            except ServerUnreachable as error:
-                answer.set_exception(error)
-
-        threading.Thread(target=work, name=f"resolve {server}", daemon=True).start()
-        return answer
-
-    def _resolved(self, server: ServerKey, future: asyncio.Future[Addresses]) -> None:
-        del self._lookups[server]
-        if not future.cancelled():
-            future.exception()  # marks an error as retrieved, as every waiting caller may have been cancelled
-
-
-def set_options(sock: socket.socket) -> None:
-    """Sets TCP_NODELAY, and keepalive and user timeout that find a dead peer within about 8 s.
-
-    Raises OSError if the connection has ended.
-    """
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_COUNT)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
-
-
 # Default limit for resolving the name and connecting (seconds).
 CONNECT_TIMEOUT = 3.0
+# Tries to bind the source port of a connection that the server is about to end, within 1.5 s. A server ends it within
+# milliseconds; without an answer, this node's kernel forgets it after USER_TIMEOUT_MS.
+BIND_ATTEMPTS = 6
+BIND_FIRST_WAIT = 0.05
+# Most source ports remembered from which a server does not answer.
+MAX_MUTE_SOURCES = 64
 
 
 class ImportedSocket(Protocol):
@@ -214,9 +83,23 @@ class UsbipClient(Protocol):
     async def devlist(self, server: ServerKey, *, timeout: float) -> DeviceList:
         """Returns the devices that the server lists, in its order. usbipd lists only those free to import now."""
 
-    async def import_device(self, key: DeviceKey, *, timeout: float) -> Imported:
+    async def bind(self, server: ServerKey, last: Endpoint | None = None, *, timeout: float) -> Source:
+        """Returns a local address and port from which to import. The caller must close it.
+
+        last: from where this node has last imported the device. That is taken if possible, so that the import ends a
+            half-open connection from there. Raises SourceClosing while that connection is closing.
+        """
+
+    async def end_half_open(self, server: ServerKey, source: Endpoint, *, timeout: float) -> None:
+        """Ends a connection of this node that is half-open at the server: connects once from its port, and closes.
+
+        Raises SourceNotLocal if the address is not of this node.
+        """
+
+    async def import_device(self, key: DeviceKey, *, source: Source | None = None, timeout: float) -> Imported:
         """Imports the device. The caller must close the result, and must compare its vendor:product.
 
+        source: from where; None for any port. May be used again after DeviceBusy and other refusals.
         Raises DeviceBusy, DeviceUnknown or ImportRefused if the server refuses, MalformedReply if the reply is about
         another bus ID. Checks last that the server has not closed the connection: a closed socket must never reach the
         kernel.
@@ -228,14 +111,6 @@ class UsbipClient(Protocol):
         Raises WrongDevice if vendor:product are not those of the import reply, UsbipError if a transfer failed. The
         server resets the device afterwards and answers busy for about 0.3 s.
         """
-
-
-class Dialler(Protocol):
-    """An opener of connections to servers. Connector is the real one."""
-
-    async def connect(self, server: ServerKey) -> socket.socket: ...
-
-    def close(self) -> None: ...
 
 
 class TcpUsbipClient:
@@ -250,6 +125,8 @@ class TcpUsbipClient:
         self._clock = clock
         self._connector = connector or Connector()
         self._connect_timeout = connect_timeout
+        self._connected: Counter[ServerKey] = Counter()
+        self._mute: dict[Endpoint, None] = {}
 
     def close(self) -> None:
         self._connector.close()
@@ -260,13 +137,42 @@ class TcpUsbipClient:
         sock.close()
         return reply
 
-    async def import_device(self, key: DeviceKey, *, timeout: float) -> Imported:
+    async def bind(self, server: ServerKey, last: Endpoint | None = None, *, timeout: float) -> Source:
+        if last in self._mute:
+            last = None
+        connect_timeout = min(self._connect_timeout, timeout)
+        try:
+            async with self._clock.timeout(connect_timeout):
+                async for attempt in self._while_closing():
+                    with attempt:
+                        return await self._connector.bind(server, last)
+        except TimeoutError as late:
+            raise ServerTimeout(server, "name lookup or close of the last connection", connect_timeout) from late
+        raise AssertionError("the retry policy re-raises")
+
+    def _while_closing(self) -> AsyncRetrying:
+        return AsyncRetrying(
+            retry=retry_if_exception_type(SourceClosing),
+            stop=stop_after_attempt(BIND_ATTEMPTS),
+            wait=wait_exponential(BIND_FIRST_WAIT),
+            sleep=self._clock.sleep,
+            reraise=True,
+        )
+
+    async def end_half_open(self, server: ServerKey, source: Endpoint, *, timeout: float) -> None:
+        try:
+            async with self._clock.timeout(timeout):
+                await self._connector.end_half_open(server, source)
+        except TimeoutError as late:
+            raise ServerTimeout(server, f"connect from {source}", timeout) from late
+
+    async def import_device(self, key: DeviceKey, *, source: Source | None = None, timeout: float) -> Imported:
         if not model.valid_busid(key.busid):
             raise DeviceUnknown(key)
         request, doing = wire.encode_import_request(key.busid), f"IMPORT {key.busid}"
-        reply, sock = await self._ask(key.server, request, wire.import_reply(key.busid), doing, timeout)
+        reply, sock = await self._ask(key.server, request, wire.import_reply(key.busid), doing, timeout, source)
         if reply.descriptor is None:
-            sock.close()
+            reset(sock)
             raise refusal(key, reply.status)
         try:
             _still_open(key, sock)
@@ -292,16 +198,24 @@ class TcpUsbipClient:
             imported.close()
 
     async def _ask(
-        self, server: ServerKey, request: bytes, reply: wire.Decoding[T], doing: str, timeout: float
+        self,
+        server: ServerKey,
+        request: bytes,
+        reply: wire.Decoding[T],
+        doing: str,
+        timeout: float,
+        source: Source | None = None,
     ) -> tuple[T, socket.socket]:
         connect_timeout = min(self._connect_timeout, timeout)
+        connected = self._connected[server]
         stage, limit = "connect", connect_timeout
         until = self._clock.monotonic() + timeout
         sock: socket.socket | None = None
         try:
             async with self._clock.timeout(timeout):
                 async with self._clock.timeout(connect_timeout):
-                    sock = await self._connector.connect(server)
+                    sock = await (self._connector.connect(server) if source is None else source.connect())
+                self._connected[server] += 1
                 stage, limit = doing, timeout
                 # a process that was stopped meanwhile gets here before the event loop checks its timers
                 _check_time(self._clock.monotonic(), until)
@@ -312,8 +226,20 @@ class TcpUsbipClient:
             if sock is not None:
                 sock.close()
             if isinstance(error, TimeoutError):
+                if source is not None and sock is None and self._connected[server] > connected:
+                    self._note_mute(server, source.endpoint)
                 raise ServerTimeout(server, stage, limit) from error
             raise
+
+    def _note_mute(self, server: ServerKey, source: Endpoint) -> None:
+        """Makes bind() take no such port again: the server has answered other connections while it did not answer this.
+
+        A firewall may drop a SYN of what it takes for an open connection.
+        """
+        log.info("no answer to source port of the last import", extra={"server": str(server), "source": str(source)})
+        self._mute[source] = None
+        while len(self._mute) > MAX_MUTE_SOURCES:
+            del self._mute[next(iter(self._mute))]
 
 
 def _check_time(now: float, until: float) -> None:

@@ -114,6 +114,10 @@ class ExportTable:
         export = self._exports.get(busid)
         return len(export.importers) if export else 0
 
+    def is_importer(self, busid: str, importer: Importer) -> bool:
+        export = self._exports.get(busid)
+        return export is not None and importer in export.importers
+
     def plug(self, device: VirtualDevice) -> None:
         """Plugs a device in. Raises ValueError if its bus ID is taken."""
         if device.busid in self._exports:

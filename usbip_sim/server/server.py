@@ -7,10 +7,10 @@ import contextlib
 from collections.abc import Iterable
 
 from usbip_plugin.clock import Clock, SystemClock
-from usbip_plugin.model import ServerKey
+from usbip_plugin.model import Endpoint, ServerKey
 from usbip_plugin.sync import Broadcast
 from usbip_plugin.usbip import wire
-from usbip_plugin.usbip.client import set_options
+from usbip_plugin.usbip.connect import set_options
 from usbip_sim.server.exports import ExportTable
 from usbip_sim.server.usbdevice import Transfers, VirtualDevice
 
@@ -96,6 +96,10 @@ class VirtualServer:
         self.frozen = False
         self._pause_or_resume()
 
+    def peers(self, busid: str) -> list[Endpoint]:
+        """Returns the other ends of the connections to which the device is exported."""
+        return [one.peer for one in self._open if one.peer is not None and self.table.is_importer(busid, one)]
+
     async def until_released(self, busid: str) -> None:
         """Waits until the device has no importer; its reset may still be under way. Cancel-safe, no timeout."""
         await self._closed.until(lambda: not self.importers(busid))
@@ -126,11 +130,14 @@ class ServerConnection(asyncio.Protocol):
         self._steps = self._serve()
         self._need = next(self._steps)
         self._client_blocked = False  # the client does not read its answers
+        self.peer: Endpoint | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         if not isinstance(transport, asyncio.Transport):
             raise TypeError(f"expected a stream transport, got {transport!r}")
         self._transport = transport
+        if (name := transport.get_extra_info("peername")) is not None:
+            self.peer = Endpoint.of(name)
         sock = transport.get_extra_info("socket")
         if self._server.keepalive and sock is not None:
             with contextlib.suppress(OSError):  # the connection has ended already

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import itertools
 from collections import deque
 from collections.abc import Callable
 from contextvars import Context
@@ -12,6 +14,11 @@ from usbip_plugin.model import DeviceKey, ServerKey
 from usbip_sim.server.server import VirtualServer
 from usbip_sim.sockets import SocketTable
 from usbip_sim.virtual.steploop import Process
+
+FIRST_PORT = 32768
+"""First ephemeral port of a host, as in Linux."""
+TIME_WAIT_S = 60.0
+"""Seconds for which a host keeps the port of a connection that it ended before the server did (TCP_TIMEWAIT_LEN)."""
 
 
 class Host:
@@ -23,9 +30,26 @@ class Host:
 
     def __init__(self, name: str, process: Process | None = None, rate: float = 1.0) -> None:
         self.name = name
+        digest = hashlib.sha256(name.encode()).digest()
+        self.address = f"10.{digest[0]}.{digest[1]}.{digest[2]}"
         self.sockets = SocketTable()
         self.process = process
         self._rate = rate
+        self._ports = itertools.count(FIRST_PORT)
+        self._time_wait: dict[tuple[ServerKey, int], float] = {}
+
+    def next_port(self) -> int:
+        """Returns a port that was never used."""
+        return next(self._ports)
+
+    def wait_out(self, server: ServerKey, port: int) -> None:
+        """Keeps the port of a connection in the state TIME_WAIT."""
+        now = asyncio.get_running_loop().time()
+        self._time_wait = {key: until for key, until in self._time_wait.items() if until > now}
+        self._time_wait[server, port] = now + TIME_WAIT_S / self._rate
+
+    def in_time_wait(self, server: ServerKey, port: int) -> bool:
+        return self._time_wait.get((server, port), 0.0) > asyncio.get_running_loop().time()
 
     @property
     def halted(self) -> bool:
@@ -40,14 +64,20 @@ class Host:
 class NetworkConnection(Protocol):
     """Connection from the network's point of view.
 
+    port: the node's port.
     node_up, server_up: the node's or the server's TCP knows the connection.
+    closing: the node has ended it, and repeats a FIN that the server has not answered with its own.
     """
 
     host: Host
     link: Link
     server: VirtualServer
+    port: int
     node_up: bool
     server_up: bool
+
+    @property
+    def closing(self) -> bool: ...
 
     @property
     def live_import(self) -> str | None:
@@ -55,6 +85,9 @@ class NetworkConnection(Protocol):
 
     def update_timers(self) -> None:
         """Starts and stops keepalive timers after a link, a host or a side of the connection has changed."""
+
+    def reset_by_node(self) -> None:
+        """Ends the server's side, when a RST of the node arrives."""
 
     def node_vanishes(self) -> None:
         """Ends the node's side as a power failure of the node does: nothing under way arrives."""
@@ -126,6 +159,10 @@ class Network:
     def half_open(self, server: ServerKey) -> int:
         """Returns how many of the server's connections the nodes do not know any more."""
         return sum(connection.server_up and not connection.node_up for connection in self._of(server=server))
+
+    def from_port(self, host: Host, port: int, server: ServerKey) -> list[NetworkConnection]:
+        """Returns the connections that the node or the server has from this port of the node to the server."""
+        return [connection for connection in self._of(host, server) if connection.port == port]
 
     def call_soon(self, callback: Callable[[], None]) -> None:
         asyncio.get_running_loop().call_soon(callback, context=self.outside)

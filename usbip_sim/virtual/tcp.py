@@ -3,7 +3,9 @@
 Failures follow Linux's TCP, because the plugin relies on its behaviour:
 - keepalive and user timeout on the node's side, and no keepalive on usbipd's side;
 - a FIN that is repeated for a while and then given up, and a RST that is not repeated;
-- a connection that the other side does not know any more.
+- a connection that the other side does not know any more;
+- a SYN from the port of such a connection, which ends it by a challenge ACK and a reset;
+- the state TIME_WAIT, in which a port cannot be used.
 """
 
 from __future__ import annotations
@@ -13,12 +15,12 @@ import errno
 from collections import deque
 from collections.abc import Callable
 
-from usbip_plugin.errors import ServerUnreachable
-from usbip_plugin.model import ServerKey
-from usbip_plugin.usbip.client import KEEPALIVE_COUNT, KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, USER_TIMEOUT_MS
+from usbip_plugin.errors import ServerUnreachable, SourceClosing, SourceNotLocal
+from usbip_plugin.model import Endpoint, ServerKey
+from usbip_plugin.usbip.connect import KEEPALIVE_COUNT, KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, USER_TIMEOUT_MS, reset
 from usbip_sim.server.server import ServerConnection, VirtualServer
 from usbip_sim.sockets import CLOSED, Connection, MemorySocket
-from usbip_sim.virtual.network import Host, Link, Network, Way
+from usbip_sim.virtual.network import Host, Link, Network, NetworkConnection, Way
 
 DEAD_PEER_S = float(KEEPALIVE_IDLE_S + KEEPALIVE_INTERVAL_S * KEEPALIVE_COUNT)
 """Seconds until keepalive finds the peer of an idle connection dead, from the plugin's own socket options."""
@@ -33,9 +35,10 @@ _IMPORT_REQUEST = b"\x80\x03"
 class TcpConnection(Connection):
     """TCP connection between a process on a node, or the node's kernel, and a server. A NetworkConnection."""
 
-    def __init__(self, host: Host, link: Link, server: VirtualServer) -> None:
+    def __init__(self, host: Host, link: Link, server: VirtualServer, port: int) -> None:
         super().__init__()
-        self.host, self.link, self.server = host, link, server
+        self.host, self.link, self.server, self.port = host, link, server, port
+        self.endpoint = Endpoint(host.address, port)
         self.node_up = True
         self.server_up = False
         self._network = link.network
@@ -55,11 +58,16 @@ class TcpConnection(Connection):
         self._import: str | None = None
         self._was_accepted = False
         self._orphaned = False
+        self._fin_sent = False
 
     @property
     def live_import(self) -> str | None:
         lost = self._was_accepted and not self.server_up
         return None if lost or not self.node_up or self.references == 0 else self._import
+
+    @property
+    def closing(self) -> bool:
+        return self._fin_sent and self.server_up and not (self._to_server.idle and not self._held)
 
     # The node's side.
 
@@ -107,9 +115,16 @@ class TcpConnection(Connection):
         self._to_server.send(lambda: self._arrived(data))
 
     def released(self) -> None:
-        """Sends a FIN, which arrives, with the data before it, only if it gets through within ORPHAN_S."""
+        """Sends a FIN, which arrives, with the data before it, only if it gets through within ORPHAN_S; or a RST."""
         if not self.node_up:
             return
+        if self.abortive:
+            self._to_server.drop()
+            self._leave_node(None)
+            self._reset_server()
+            self.update_timers()
+            return
+        self._fin_sent = True
         if self.server_up or (self.link.passable and not self._was_accepted):
             self._to_server.send(self._fin_arrived)
         elif not self._was_accepted:
@@ -134,7 +149,7 @@ class TcpConnection(Connection):
 
     def _reset_server(self) -> None:
         if self.link.passable:
-            self._to_server.send(lambda: self._lose_server(_reset()))
+            self._to_server.send(self.reset_by_node)
 
     def _leave_node(self, error: OSError | None, *, by_peer: bool = False) -> None:
         self.node_up = False
@@ -169,6 +184,16 @@ class TcpConnection(Connection):
         else:  # the node does not know the connection any more
             self._reset_server()
 
+    def _challenged(self, old: NetworkConnection, answer: asyncio.Future[None]) -> None:
+        """Resets a connection that the node does not know, and repeats the SYN of this one."""
+        if self.link.passable:
+            self._to_server.send(old.reset_by_node)
+        if self.node_up:
+            self._to_server.send(lambda: self._syn_arrived(answer))
+
+    def reset_by_node(self) -> None:
+        self._lose_server(_reset())
+
     def _peer_left(self, error: OSError | None) -> None:
         if self.node_up:
             self._leave_node(error, by_peer=True)
@@ -176,6 +201,11 @@ class TcpConnection(Connection):
     # The server's side.
 
     def _syn_arrived(self, answer: asyncio.Future[None]) -> None:
+        known = self._network.from_port(self.host, self.port, self.server.key)
+        old = next((connection for connection in known if connection.server_up), None)
+        if old is not None:  # a challenge ACK
+            self._send_to_node(lambda: self._challenged(old, answer))
+            return
         error: OSError | None = None
         self._was_accepted = True
         if self.server.running:
@@ -225,6 +255,7 @@ class TcpConnection(Connection):
         while self._held and not self._paused and self.server_up and self._protocol is not None:
             data = self._held.popleft()
             if data is None:
+                self.host.wait_out(self.server.key, self.port)
                 self._lose_server(None)
             else:
                 self._protocol.data_received(data)
@@ -300,7 +331,7 @@ class _ServerTransport(asyncio.Transport):
     """Transport of the server's protocol: writes to the node and ends the connection."""
 
     def __init__(self, connection: TcpConnection) -> None:
-        super().__init__({"peername": (connection.host.name, 0)})
+        super().__init__({"peername": (connection.host.address, connection.port)})
         self._connection = connection
         self._closing = False
 
@@ -342,10 +373,36 @@ class MemoryConnector:
 
     async def connect(self, server: ServerKey) -> MemorySocket:
         """Opens a connection to server. No timeout; cancel-safe. Raises ServerUnreachable, with the cause."""
+        return await self.dial(server, self._host.next_port())
+
+    async def bind(self, server: ServerKey, last: Endpoint | None = None) -> MemorySource:
+        self._find(server)
+        port = None
+        if last is not None and last.address == self._host.address:
+            known = self._network.from_port(self._host, last.port, server)
+            if any(connection.closing for connection in known):
+                raise SourceClosing(server, last)
+            taken = any(connection.node_up for connection in known) or self._host.in_time_wait(server, last.port)
+            port = None if taken else last.port
+        return MemorySource(self, server, Endpoint(self._host.address, port or self._host.next_port()))
+
+    async def end_half_open(self, server: ServerKey, source: Endpoint) -> None:
+        if source.address != self._host.address:
+            raise SourceNotLocal(server, source)
+        known = self._network.from_port(self._host, source.port, server)
+        if self._host.in_time_wait(server, source.port) or any(one.node_up or one.closing for one in known):
+            raise ServerUnreachable(server, "cannot connect: Cannot assign requested address")
+        reset(await self.dial(server, source.port))
+
+    def _find(self, server: ServerKey) -> VirtualServer:
         target = self._network.find(server)
         if target is None:
             raise ServerUnreachable(server, "no such host")
-        connection = TcpConnection(self._host, self._network.link(self._host.name, server), target)
+        return target
+
+    async def dial(self, server: ServerKey, port: int) -> MemorySocket:
+        """Opens a connection from a port of this host, as connect() does."""
+        connection = TcpConnection(self._host, self._network.link(self._host.name, server), self._find(server), port)
         sock = self._host.sockets.open(connection)
         self._opened = [*(other for other in self._opened if other.fileno() != CLOSED), sock]
         answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -359,3 +416,16 @@ class MemoryConnector:
             sock.close()
             raise
         return sock
+
+
+class MemorySource:
+    """Source of a MemoryConnector. Holds nothing, because the ports of a host are never used up."""
+
+    def __init__(self, connector: MemoryConnector, server: ServerKey, endpoint: Endpoint) -> None:
+        self._connector, self._server, self.endpoint = connector, server, endpoint
+
+    async def connect(self) -> MemorySocket:
+        return await self._connector.dial(self._server, self.endpoint.port)
+
+    def close(self) -> None:
+        """Does nothing: connections belong to the caller that asked for them."""

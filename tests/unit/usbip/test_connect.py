@@ -14,10 +14,12 @@ import pytest
 
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.errors import ServerTimeout, ServerUnreachable
-from usbip_plugin.model import DeviceKey, ServerKey, UsbId
-from usbip_plugin.usbip import client as client_module
-from usbip_plugin.usbip.client import USER_TIMEOUT_MS, Addresses, Connector, TcpUsbipClient, resolve
+from usbip_plugin.model import DeviceKey, Endpoint, ServerKey, UsbId
+from usbip_plugin.usbip import connect as connect_module
+from usbip_plugin.usbip.client import TcpUsbipClient
+from usbip_plugin.usbip.connect import USER_TIMEOUT_MS, Addresses, Connector, SourcePort, resolve
 from usbip_plugin.usbip.wire import ImportReply, encode_import_reply
+from usbip_sim.server.server import VirtualServer
 from usbip_sim.server.usbdevice import VirtualDevice
 
 PATIENCE = 10.0
@@ -60,6 +62,75 @@ async def test_refused_by_all_names_the_server(closed_port: int) -> None:
     with pytest.raises(ServerUnreachable, match=r"USB/IP server lab-pc.test:3240: connection refused"):
         await connector.connect(ServerKey("lab-pc.test"))
     connector.close()
+
+
+async def test_a_source_port_is_for_the_address_that_answered_last(listener: socket.socket, closed_port: int) -> None:
+    server, port = ServerKey("lab-pc.test"), listener.getsockname()[1]
+    connector = Connector(lambda _: [address("127.0.0.1", closed_port), address("127.0.0.1", port)])
+    (await connector.connect(server)).close()
+    source = await connector.bind(server)
+    sock = await source.connect()
+    assert (sock.getpeername()[1], Endpoint.of(sock.getsockname())) == (port, source.endpoint)
+    sock.close()
+    source.close()
+    connector.close()
+
+
+async def test_a_server_without_a_route_is_unreachable() -> None:
+    connector = Connector(lambda _: [address("255.255.255.255", 3240)])
+    with pytest.raises(ServerUnreachable, match="cannot connect"):
+        await connector.bind(ServerKey("lab-pc.test"))
+    connector.close()
+
+
+class Mute:
+    """A source port from which a server does not answer until the time is over."""
+
+    endpoint = Endpoint("127.0.0.1", 40123)
+
+    def __init__(self) -> None:
+        self.over = asyncio.Event()
+
+    async def connect(self) -> socket.socket:
+        await self.over.wait()
+        raise TimeoutError
+
+    def close(self) -> None:
+        pass
+
+
+class AskedConnector(Connector):
+    """A Connector that records the ports that it was asked to bind again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last: list[Endpoint | None] = []
+
+    async def bind(self, server: ServerKey, last: Endpoint | None = None) -> SourcePort:
+        self.last.append(last)
+        return await super().bind(server, last)
+
+
+@pytest.mark.parametrize("answers_others", [True, False])
+async def test_a_port_is_given_up_if_the_server_answers_others_only(answers_others: bool) -> None:
+    """A firewall may drop the SYN of a connection that it takes for open. In a cut, nobody gets an answer."""
+    connector = AskedConnector()
+    client = TcpUsbipClient(SystemClock(), connector, connect_timeout=PATIENCE)
+    server = VirtualServer()
+    await server.start()
+    key = DeviceKey(server.key, "1-1")
+    mute = Mute()
+    asking = asyncio.ensure_future(client.import_device(key, source=mute, timeout=PATIENCE))
+    await asyncio.sleep(0)  # the import has begun
+    if answers_others:
+        await client.devlist(server.key, timeout=PATIENCE)
+    mute.over.set()
+    with pytest.raises(ServerTimeout):
+        await asking
+    (await client.bind(server.key, Mute.endpoint, timeout=PATIENCE)).close()
+    await server.stop()
+    client.close()
+    assert connector.last == [None if answers_others else Mute.endpoint]
 
 
 class StuckNames:
@@ -134,7 +205,7 @@ def names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-    monkeypatch.setattr(client_module, "HOSTS", tmp_path / "hosts")
+    monkeypatch.setattr(connect_module, "HOSTS", tmp_path / "hosts")
     (tmp_path / "hosts").write_text("")
     return answers
 
