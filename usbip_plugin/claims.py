@@ -23,7 +23,7 @@ from types import MappingProxyType
 from typing import Protocol
 
 from usbip_plugin.config.schema import DEFAULT_CHILDREN_TIMEOUT_S, Config, ResourceConfig
-from usbip_plugin.model import Attachment, DeviceKey, PodRef, UsbId
+from usbip_plugin.model import Attachment, DeviceKey, Endpoint, PodRef, UsbId
 from usbip_plugin.sync import Broadcast
 
 
@@ -136,6 +136,7 @@ class Claim:
     blocked_by: what keeps a lost device from being re-attached, "" if unknown.
     container_indexes: the numbers by which its containers know it, with CDI; None if unknown, after an adoption.
     allocated_as: the attachment whose nodes its containers got last, by an Allocate or, with CDI, at their start.
+    import_from: this node's end of the last connection by which it was imported, None if unknown.
     pod_ended: whether the kubelet has allocated the device to another pod, so that its own has ended.
     """
 
@@ -157,6 +158,7 @@ class Claim:
     blocked_by: str = ""
     container_indexes: tuple[int, ...] | None = ()
     allocated_as: Attachment | None = None
+    import_from: Endpoint | None = None
     pod_ended: bool = False
 
     @property

@@ -78,7 +78,7 @@ class SourceClosing(ServerUnreachable):
         super().__init__(server, f"it has not ended the last connection from {source} yet; the next try may succeed")
 
 
-class SourceNotLocal(UsbipError):
+class SourceNotLocal(ServerUnreachable):
     """The address of a source port is not one of this node."""
 
     def __init__(self, server: ServerKey, source: Endpoint) -> None:

@@ -54,8 +54,8 @@ class NamingConnector:
     async def bind(self, server: ServerKey, last: Endpoint | None = None) -> Source:
         return await self._connector.bind(self._real[server].key, last)
 
-    async def end_half_open(self, server: ServerKey, source: Endpoint) -> None:
-        await self._connector.end_half_open(self._real[server].key, source)
+    async def end_half_open(self, server: ServerKey, source: Endpoint) -> bool:
+        return await self._connector.end_half_open(self._real[server].key, source)
 
     def close(self) -> None:
         self._connector.close()

@@ -175,6 +175,19 @@ class UsbipClientContract:
         await lab.freed()
         with contextlib.closing(await lab.bind(source.endpoint)) as other:
             assert other.endpoint != source.endpoint, "TIME_WAIT"
+        # False, except on a host that connects from a port in TIME_WAIT, as Linux does on loopback (tcp_tw_reuse)
+        await lab.client.end_half_open(lab.server.key, source.endpoint, timeout=PATIENCE)
+
+    async def test_a_connect_that_may_end_a_half_open_connection_leaves_none_itself(self, lab: Lab) -> None:
+        with contextlib.closing(await lab.bind()) as source:
+            imported = await lab.client.import_device(lab.stick, source=source, timeout=PATIENCE)
+        lab.server.drop(STICK.busid)
+        await lab.freed()
+        imported.close()
+        for _ in range(3):
+            assert await lab.client.end_half_open(lab.server.key, source.endpoint, timeout=PATIENCE)
+        await lab.server.stop()
+        assert await lab.client.end_half_open(lab.server.key, source.endpoint, timeout=PATIENCE), "a RST says the same"
 
     async def test_a_port_is_not_bound_while_the_server_has_not_ended_its_connection(self, lab: Lab) -> None:
         with contextlib.closing(await lab.bind()) as source:

@@ -37,7 +37,7 @@ from usbip_plugin.locks.protocol import Create, Decision, Denied, LockMeta, Obse
 from usbip_plugin.locks.record import Lease
 from usbip_plugin.locks.watch import ApiState, LockCache
 from usbip_plugin.locks.writer import AcknowledgedWrite, WriteAttempts, Writer
-from usbip_plugin.model import Attachment, Descriptor, DeviceKey
+from usbip_plugin.model import Attachment, Descriptor, DeviceKey, Endpoint
 from usbip_plugin.usbip.poller import ServerPoller
 from usbip_sim.leases import MemoryBackend
 
@@ -67,7 +67,7 @@ write_lock = Writer._write
 # R1
 
 
-async def without_a_write(self: Pipeline, claim: Claim) -> Grant:
+async def without_a_write(self: Pipeline, claim: Claim, _import_from: Endpoint | None) -> Grant:
     lock = self._locks.locks[claim.id]
     return Grant(lock, lock.epoch, math.inf)
 
@@ -122,8 +122,8 @@ async def release_first(self: Releaser, device_id: str) -> None:
 # R6
 
 
-async def renew_only(self: Pipeline, claim: Claim) -> Grant:
-    return await self._locks.renew(claim.key)
+async def renew_only(self: Pipeline, claim: Claim, import_from: Endpoint | None) -> Grant:
+    return await self._locks.renew(claim.key, import_from)
 
 
 def ignore(*_arguments: object) -> None:

@@ -23,7 +23,8 @@ from usbip_plugin.kubelet.pod_resources import PodResourcesWatcher
 from usbip_plugin.kubelet.publish import KubeletPublisher
 from usbip_plugin.locks import protocol
 from usbip_plugin.locks.manager import Grant, LockManager
-from usbip_plugin.model import DeviceKey, Lock
+from usbip_plugin.locks.record import IMPORT_FROM
+from usbip_plugin.model import DeviceKey, Endpoint, Lock
 from usbip_plugin.usbip import client
 from usbip_plugin.vhci.driver import PortState
 from usbip_sim.kernel.driver import SimulatedVhci
@@ -37,10 +38,10 @@ def all_that_name_this_node(self: LockManager) -> tuple[Lock, ...]:
     return tuple(self._view.locks[device_id] for device_id in sorted(self._mine))
 
 
-async def renew_only(self: LockManager, key: DeviceKey) -> Grant:
+async def renew_only(self: LockManager, key: DeviceKey, import_from: Endpoint | None = None) -> Grant:
     """Renews a lock without adding it to the locks that this process has acquired."""
     async with self._device_lock(key.id):
-        return self._grant(await self._amend(key, {}))
+        return self._grant(await self._amend(key, {IMPORT_FROM: str(import_from)} if import_from is not None else {}))
 
 
 async def finish_for_good(self: Releaser, device_id: str, *, keep: bool = False) -> None:
@@ -49,9 +50,9 @@ async def finish_for_good(self: Releaser, device_id: str, *, keep: bool = False)
     await detach_and_release(self, device_id)
 
 
-async def write_again_though_lost(self: Pipeline, claim: Claim) -> Grant:
+async def write_again_though_lost(self: Pipeline, claim: Claim, import_from: Endpoint | None) -> Grant:
     """Ignores that the claim was lost meanwhile."""
-    return await write_again(self, replace(claim, state=ClaimState.REATTACHING))
+    return await write_again(self, replace(claim, state=ClaimState.REATTACHING), import_from)
 
 
 def look_at_the_lock_only(self: Pipeline, claim: Claim) -> None:

@@ -171,6 +171,7 @@ class Adopter:
             pod=lock.pod if mine else user.pod if user is not None else None,
             serial=(attachment.serial if attachment is not None else None) or lock.serial or None,
             moved_to=moved_to,
+            import_from=(port.import_from if port is not None else None) or (latest.import_from if mine else None),
         )
         if not mine:
             self._tasks.book.move(claim, ClaimEvent.DEPRIVED)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 
 from usbip_plugin.attach.adopt import Adopter
 from usbip_plugin.attach.attacher import AllocateOutcome, Attacher
 from usbip_plugin.attach.cdi import CdiSpecs
 from usbip_plugin.attach.events import EventSink, Reattach
+from usbip_plugin.attach.half_open import HalfOpenConnections
 from usbip_plugin.attach.locate import DeviceLocator
 from usbip_plugin.attach.monitor import AttachmentMonitor
 from usbip_plugin.attach.pipeline import Pipeline
@@ -115,6 +117,7 @@ class Attachments:
             releaser=releaser,
             on_outcome=on_outcome,
         )
+        self._half_open = HalfOpenConnections(context, client=client, locks=locks, poller=poller, tasks=tasks)
         self.usage = UsageTracker(context, tasks=tasks, releaser=releaser, reattacher=reattacher, events=events)
 
     async def run(self) -> None:
@@ -122,7 +125,12 @@ class Attachments:
 
         Cancellation leaves attachments and locks for the next process.
         """
-        await self._tasks.run(self.monitor.run())
+        await self._tasks.run(self._watch())
+
+    async def _watch(self) -> None:
+        async with asyncio.TaskGroup() as watches:
+            watches.create_task(self.monitor.run(), name="AttachmentMonitor")
+            watches.create_task(self._half_open.run(), name="HalfOpenConnections")
 
     async def started(self) -> None:
         """Waits until run() has begun, so that work on devices is accepted."""

@@ -40,10 +40,11 @@ from usbip_plugin.errors import (
 from usbip_plugin.locks.manager import Grant, LockManager
 from usbip_plugin.locks.protocol import LockMeta
 from usbip_plugin.locks.watch import LockChange
-from usbip_plugin.model import Attachment, Descriptor, DeviceKey, Identity, ServerKey
+from usbip_plugin.model import Attachment, Descriptor, DeviceKey, Endpoint, Identity, ServerKey
 from usbip_plugin.observe.spans import device_attributes, span
 from usbip_plugin.observe.tracing import span_context_from
 from usbip_plugin.usbip.client import Imported, UsbipClient
+from usbip_plugin.usbip.connect import Source
 from usbip_plugin.usbip.poller import ServerFlaw
 from usbip_plugin.vhci.children import missing
 from usbip_plugin.vhci.driver import PortState, VhciDriver
@@ -123,6 +124,8 @@ DETACH_TIMEOUT = 5.0
 """Longest time in seconds until a port is free after a detach write; measured 13-29 ms."""
 PROBE_TIMEOUT = 4.0
 """Longest time in seconds for each step of a probe, import and reading; less than the import window (R1)."""
+BIND_TIMEOUT = 3.0
+"""Longest time in seconds to find the server's address and to bind the source port of an import."""
 
 
 class Progress:
@@ -184,9 +187,16 @@ class Pipeline:
         deadline: bounds import and enumeration, in seconds on the monotonic clock. The caller bounds the whole.
         """
         self._book.move(claim, ClaimEvent.ALLOCATE)
-        progress.doing = "locking the device (API server)"
+        progress.doing, progress.at_device = f"looking for USB/IP server {claim.key.server}", True
+        with contextlib.closing(await self._bind(claim.key)) as source:
+            return await self._attach_new(claim, identity, source, deadline, progress)
+
+    async def _attach_new(
+        self, claim: Claim, identity: Identity | None, source: Source, deadline: float, progress: Progress
+    ) -> Attachment:
+        progress.doing, progress.at_device = "locking the device (API server)", False
         with self.span("lock", claim.key):
-            meta = LockMeta(usb_id=str(claim.usb_id), identity=identity, traceparent=claim.traceparent)
+            meta = LockMeta(str(claim.usb_id), identity, claim.traceparent, import_from=source.endpoint)
             try:
                 grant = await self._locks.acquire(claim.key, meta)
             except LockHeld:
@@ -202,11 +212,12 @@ class Pipeline:
         self._book.move(self._book[claim.id], ClaimEvent.LOCKED)
         try:
             try:
-                return await self._attach(claim.id, grant, deadline, progress, second_try=True)
+                return await self._attach(claim.id, grant, source, deadline, progress, second_try=True)
             except AttachStuck:  # the port stuck in status 005 (used, no address) and is free again: one more try
-                # the failed try may have used up the import window of the first write: R1 requires a new write
-                renewed = await self._locks.renew(claim.key)
-                return await self._attach(claim.id, renewed, deadline, progress)
+                with contextlib.closing(await self._bind(claim.key)) as another:
+                    # the failed try may have used up the import window of the first write: R1 requires a new write
+                    renewed = await self._locks.renew(claim.key, another.endpoint)
+                    return await self._attach(claim.id, renewed, another, deadline, progress)
         except DeviceBusy:
             if grant.former is not None:
                 self._on_flaw(claim.key.server, ServerFlaw.LISTS_IN_USE)
@@ -229,12 +240,30 @@ class Pipeline:
         if (now := await self.still_attached(device_id)) is not None:
             return await self._keep(device_id, now)
         await self.detach(device_id)
-        grant = await self._write_again(self._book[device_id])
         claim = self._book[device_id]
-        if claim.moved_to is not None:
-            second = await self._write_location(claim, claim.moved_to)
-            grant = replace(second, import_deadline=min(grant.import_deadline, second.import_deadline))
-        return await self._attach(device_id, grant, deadline, Progress(""), wait_for_list=wait_for_list)
+        with contextlib.closing(await self._bind(claim.location, claim)) as source:
+            grant = await self._write_again(self._book[device_id], source.endpoint)
+            claim = self._book[device_id]
+            if claim.moved_to is not None:
+                second = await self._write_location(claim, claim.moved_to, source.endpoint)
+                grant = replace(second, import_deadline=min(grant.import_deadline, second.import_deadline))
+            return await self._attach(device_id, grant, source, deadline, Progress(""), wait_for_list=wait_for_list)
+
+    async def _bind(self, location: DeviceKey, claim: Claim | None = None) -> Source:
+        """Binds the source port for an import from this location, before the lock that names it is written (R1).
+
+        That of the last import is bound again if possible: the server may not know that its connection is dead.
+        """
+        lock = self._locks.locks.get(location.id)
+        last = lock.import_from if lock is not None else None
+        if last is None and claim is not None:
+            last = claim.import_from  # the Lease was deleted
+        source = await self._client.bind(location.server, last, timeout=BIND_TIMEOUT)
+        before = claim.import_from if claim is not None else None
+        if before is not None and before == last and before.address != source.endpoint.address:
+            extra = {"device": str(location), "before": before.address, "now": source.endpoint.address}
+            log.warning("own address has changed, an old connection to the server cannot be ended", extra=extra)
+        return source
 
     async def still_attached(self, device_id: str) -> Attachment | None:
         """Returns the attachment of a claim as it is now, or None if the device is not attached any more.
@@ -251,9 +280,9 @@ class Pipeline:
         claim = self._book[device_id]
         taken = [key for key in dict.fromkeys((claim.key, claim.location)) if not self.is_mine(key.id)]
         if claim.key in taken:
-            await self._write_again(claim)
+            await self._write_again(claim, claim.import_from)
         if claim.moved_to in taken and claim.moved_to is not None:
-            await self._write_location(claim, claim.moved_to)
+            await self._write_location(claim, claim.moved_to, claim.import_from)
         attachment = self._hand_out(device_id, now)
         port = own_port(claim.location, await self._driver.ports(), now.port) if taken else None
         for key in taken:
@@ -263,8 +292,8 @@ class Pipeline:
                 self._tasks.note_identity(key, Identity(port.devid, now.serial))
         return attachment
 
-    async def _write_location(self, claim: Claim, location: DeviceKey) -> Grant:
-        meta = LockMeta(str(claim.usb_id), traceparent=claim.traceparent, in_place_of=claim.id)
+    async def _write_location(self, claim: Claim, location: DeviceKey, import_from: Endpoint | None) -> Grant:
+        meta = LockMeta(str(claim.usb_id), None, claim.traceparent, in_place_of=claim.id, import_from=import_from)
         return await self._locks.acquire(location, meta, claimed=True)
 
     async def detach_from_location(self, device_id: str) -> None:
@@ -278,8 +307,8 @@ class Pipeline:
             await self._locks.release(location)
             self._book.put(replace(self._book[device_id], moved_to=None))
 
-    async def _write_again(self, claim: Claim) -> Grant:
-        """Writes the claim's lock before a re-attach (R1).
+    async def _write_again(self, claim: Claim, import_from: Endpoint | None) -> Grant:
+        """Writes the claim's lock before a re-attach (R1). Only the lock of the location names the source port.
 
         A lock that is of another boot is acquired as for an Allocate (R2, R3, R4). Raises LockLost if another node
         holds it, or if the claim is Lost by now: the caller decides whether its lock may be acquired again. Raises
@@ -287,9 +316,11 @@ class Pipeline:
         """
         if claim.state is ClaimState.LOST:
             raise LockLost(str(claim.key), self._holder(claim.id))
+        if claim.moved_to is not None:
+            import_from = None
         if self.is_mine(claim.id):
-            return await self._locks.renew(claim.key)
-        meta = LockMeta(usb_id=str(claim.usb_id), traceparent=claim.traceparent)
+            return await self._locks.renew(claim.key, import_from)
+        meta = LockMeta(usb_id=str(claim.usb_id), traceparent=claim.traceparent, import_from=import_from)
         try:
             return await self._locks.acquire(claim.key, meta, claimed=True)
         except LockHeld as held:
@@ -302,6 +333,7 @@ class Pipeline:
         self,
         device_id: str,
         grant: Grant,
+        source: Source,
         deadline: float,
         progress: Progress,
         *,
@@ -309,13 +341,15 @@ class Pipeline:
         wait_for_list: bool = False,
     ) -> Attachment:
         """second_try: whether a second try follows an AttachStuck, for which this one leaves time."""
-        claim = self._book[device_id]
+        claim = replace(self._book[device_id], import_from=source.endpoint)
+        self._book.put(claim)
         key = claim.location
         progress.doing, progress.at_device = f"importing {key.busid} from USB/IP server {key.server}", True
         with self.span("import", key, SpanKind.CLIENT) as step:
             step.set_attributes({"server.address": key.server.host, "server.port": key.server.port})
             step.set_attributes({"network.transport": "tcp", "network.protocol.name": "usbip"})
-            imported = await self._import(claim, grant, deadline)
+            imported = await self._import(claim, grant, source, deadline)
+        source.close()
         try:
             if imported.descriptor.usb_id != claim.usb_id:
                 self._accept_usb_id(self._book[device_id], imported.descriptor, wait_for_list=wait_for_list)
@@ -384,7 +418,7 @@ class Pipeline:
         self._book.move(replace(claim, blocked_by=""), ClaimEvent.ATTACHED)
         return attachment
 
-    async def _import(self, claim: Claim, grant: Grant, deadline: float) -> Imported:
+    async def _import(self, claim: Claim, grant: Grant, source: Source, deadline: float) -> Imported:
         """Imports the claim's device from its location, within the import window and before deadline.
 
         The caller must use the result before it awaits again: R1 and R6 were checked right before the return.
@@ -395,7 +429,7 @@ class Pipeline:
             with attempt:
                 self._check_window(key, grant)
                 left = max(0.0, until - self._clock.monotonic())
-                imported = await self._client.import_device(key, timeout=left)
+                imported = await self._client.import_device(key, source=source, timeout=left)
                 try:
                     self._check_still_ours(claim)
                     self._check_window(key, grant)
@@ -519,11 +553,12 @@ class Pipeline:
         Writes them to the lock, so that one node reads for all, and releases the lock, also after an error. Raises
         LockHeld, LockUnavailable, LockLost or UsbipError.
         """
-        with self.span("probe", key):
-            grant = await self._locks.acquire(key, LockMeta(usb_id=str(descriptor.usb_id)))
+        with self.span("probe", key), contextlib.closing(await self._bind(key)) as source:
+            meta = LockMeta(usb_id=str(descriptor.usb_id), import_from=source.endpoint)
+            grant = await self._locks.acquire(key, meta)
             try:
                 claim = Claim(key, descriptor.usb_id)
-                imported = await self._import(claim, grant, self._clock.monotonic() + PROBE_TIMEOUT)
+                imported = await self._import(claim, grant, source, self._clock.monotonic() + PROBE_TIMEOUT)
                 identity = await self._client.probe(imported, timeout=PROBE_TIMEOUT)
                 found = Identity(imported.descriptor.devid, identity.serial or "", identity.interfaces)
                 await self._locks.annotate(key, identity=found)

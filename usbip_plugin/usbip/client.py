@@ -90,10 +90,11 @@ class UsbipClient(Protocol):
             half-open connection from there. Raises SourceClosing while that connection is closing.
         """
 
-    async def end_half_open(self, server: ServerKey, source: Endpoint, *, timeout: float) -> None:
+    async def end_half_open(self, server: ServerKey, source: Endpoint, *, timeout: float) -> bool:
         """Ends a connection of this node that is half-open at the server: connects once from its port, and closes.
 
-        Raises SourceNotLocal if the address is not of this node.
+        Returns False without connecting if the last connection from there has ended at both ends. Raises SourceNotLocal
+        if the address is not of this node.
         """
 
     async def import_device(self, key: DeviceKey, *, source: Source | None = None, timeout: float) -> Imported:
@@ -159,10 +160,10 @@ class TcpUsbipClient:
             reraise=True,
         )
 
-    async def end_half_open(self, server: ServerKey, source: Endpoint, *, timeout: float) -> None:
+    async def end_half_open(self, server: ServerKey, source: Endpoint, *, timeout: float) -> bool:
         try:
             async with self._clock.timeout(timeout):
-                await self._connector.end_half_open(server, source)
+                return await self._connector.end_half_open(server, source)
         except TimeoutError as late:
             raise ServerTimeout(server, f"connect from {source}", timeout) from late
 

@@ -43,6 +43,7 @@ HOSTS = Path("/etc/hosts")
 MAX_HOSTS_BYTES = 1 << 20
 # States in /proc/net/tcp of a connection that this node has ended and the server has not (include/net/tcp_states.h).
 _FIN_WAIT = ("04", "05")
+_TIME_WAIT = "06"  # both have ended it
 
 Addresses: TypeAlias = Sequence[AddrInfoType]
 # What getaddrinfo raises: for an unknown name, for text that cannot be a name, and for a port far out of range.
@@ -80,10 +81,11 @@ class Dialler(Protocol):
             connection from there has ended at both ends. Raises SourceClosing if it has ended at this end only.
         """
 
-    async def end_half_open(self, server: ServerKey, source: Endpoint) -> None:
+    async def end_half_open(self, server: ServerKey, source: Endpoint) -> bool:
         """Connects once from a source port and closes: a connection from there that was half-open has ended then.
 
-        Raises SourceNotLocal if the address is not of this host, ServerUnreachable also if a socket here has the port.
+        Returns False without connecting if the last connection from there has ended at both ends. Raises SourceNotLocal
+        if the address is not of this host, ServerUnreachable also if a socket here has the port.
         """
 
     def close(self) -> None: ...
@@ -157,13 +159,14 @@ class Connector:
                 problem = error
         raise _cannot_connect(server, problem) from problem
 
-    async def end_half_open(self, server: ServerKey, source: Endpoint) -> None:
+    async def end_half_open(self, server: ServerKey, source: Endpoint) -> bool:
         family = socket.AF_INET6 if ":" in source.address else socket.AF_INET
         remote = next((one[4] for one in await self._by_preference(server) if one[0] == family), None)
         if remote is None:
             raise SourceNotLocal(server, source)
+        name = _local_name(source, remote)
         try:
-            sock = _bound(family, _local_name(source, remote), shared=True)
+            sock = _bound(family, name, shared=True)
         except OSError as error:
             if error.errno == errno.EADDRNOTAVAIL:
                 raise SourceNotLocal(server, source) from error
@@ -173,9 +176,12 @@ class Connector:
         except ConnectionRefusedError:
             pass  # nobody listens; the server's kernel knows no connection from there
         except OSError as error:
+            if error.errno == errno.EADDRNOTAVAIL and _connection_state(family, name, remote) == _TIME_WAIT:
+                return False
             raise _cannot_connect(server, error) from error
         finally:
             reset(sock)
+        return True
 
     async def _by_preference(self, server: ServerKey) -> Addresses:
         answered = self._answered.get(server)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Callable
+from dataclasses import replace
 
 from usbip_plugin.errors import (
     AttachRefused,
@@ -64,8 +65,11 @@ class SimulatedVhci:
     def _state(self, port: Port) -> PortState:
         ours = not self._stale(port.number) and not self._foreign(port.number)
         record = self._records.get(port.number) if ours else None
-        number, by_plugin = port.number, record is not None
-        return PortState(number, port.hub, port.status, port.speed, port.devid, port.local_busid, record, by_plugin)
+        state = PortState(port.number, port.hub, port.status, port.speed, port.devid, port.local_busid)
+        occupant = self._kernel.occupant(port.number)
+        if record is None or occupant is None:
+            return state
+        return replace(state, record=record, by_plugin=True, import_from=occupant.import_from)
 
     async def attach(self, key: DeviceKey, descriptor: Descriptor, fd: int) -> int:
         ports = self._ports()

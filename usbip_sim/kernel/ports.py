@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from usbip_plugin.clock import Clock
-from usbip_plugin.model import Attachment, Descriptor, DeviceKey, DeviceNode, UsbId
+from usbip_plugin.model import Attachment, Descriptor, DeviceKey, DeviceNode, Endpoint, UsbId
 from usbip_plugin.sync import Broadcast
+from usbip_plugin.vhci.records import local_endpoint
 from usbip_plugin.vhci.sysfs import Hub, Port, PortStatus
 from usbip_sim.kernel.children import every, linked
 from usbip_sim.sockets import MemorySocket
@@ -33,6 +34,7 @@ class Occupant:
     serial: None if the simulation does not know it; then any expected serial number matches.
     recorded_by: the node whose port record is for this device; "" for none.
     identified: the kernel has read the identity from the device itself, and `children` follow from that identity.
+    import_from: the node's end of the connection, None if it has no address.
     let_go: releases the kernel's reference to the socket.
     """
 
@@ -48,6 +50,7 @@ class Occupant:
     recorded_by: str = ""
     identified: bool = False
     children: list[DeviceNode] = field(default_factory=list)
+    import_from: Endpoint | None = None
     let_go: Callable[[], None] = lambda: None
 
 
@@ -239,11 +242,13 @@ class SimulatedKernel:
                 self.free_port(number)
 
         if fd >= 0:
+            occupant.import_from = local_endpoint(fd)
             return _watch(fd, ended)
         memory_socket = self._resolve(fd)
         if memory_socket is None:
             raise OSError(errno.EINVAL, "no such socket")
         reference = memory_socket.dup()
+        occupant.import_from = reference.connection.endpoint
         if reference.ended:  # the kernel accepts the socket, and notices its end at once
             reference.close()
             del self._occupants[number]

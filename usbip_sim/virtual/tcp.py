@@ -11,6 +11,7 @@ Failures follow Linux's TCP, because the plugin relies on its behaviour:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 from collections import deque
 from collections.abc import Callable
@@ -362,6 +363,7 @@ class MemoryConnector:
     def __init__(self, network: Network, host: Host) -> None:
         self._network, self._host = network, host
         self._opened: list[MemorySocket] = []
+        self.address = host.address
 
     def close(self) -> None:
         """Does nothing: each socket belongs to the caller that asked for it."""
@@ -386,13 +388,17 @@ class MemoryConnector:
             port = None if taken else last.port
         return MemorySource(self, server, Endpoint(self._host.address, port or self._host.next_port()))
 
-    async def end_half_open(self, server: ServerKey, source: Endpoint) -> None:
+    async def end_half_open(self, server: ServerKey, source: Endpoint) -> bool:
         if source.address != self._host.address:
             raise SourceNotLocal(server, source)
         known = self._network.from_port(self._host, source.port, server)
-        if self._host.in_time_wait(server, source.port) or any(one.node_up or one.closing for one in known):
+        if self._host.in_time_wait(server, source.port):
+            return False
+        if any(connection.node_up or connection.closing for connection in known):
             raise ServerUnreachable(server, "cannot connect: Cannot assign requested address")
-        reset(await self.dial(server, source.port))
+        with contextlib.suppress(ConnectionRefusedError):
+            reset(await self._dial(server, source.port))
+        return True
 
     def _find(self, server: ServerKey) -> VirtualServer:
         target = self._network.find(server)
@@ -402,6 +408,12 @@ class MemoryConnector:
 
     async def dial(self, server: ServerKey, port: int) -> MemorySocket:
         """Opens a connection from a port of this host, as connect() does."""
+        try:
+            return await self._dial(server, port)
+        except ConnectionRefusedError as error:
+            raise ServerUnreachable(server, "connection refused; check that usbipd is running on the server") from error
+
+    async def _dial(self, server: ServerKey, port: int) -> MemorySocket:
         connection = TcpConnection(self._host, self._network.link(self._host.name, server), self._find(server), port)
         sock = self._host.sockets.open(connection)
         self._opened = [*(other for other in self._opened if other.fileno() != CLOSED), sock]
@@ -409,9 +421,6 @@ class MemoryConnector:
         connection.dial(answer)
         try:
             await answer
-        except ConnectionRefusedError as error:
-            sock.close()
-            raise ServerUnreachable(server, "connection refused; check that usbipd is running on the server") from error
         except BaseException:
             sock.close()
             raise

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import random
+import socket
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field, replace
@@ -25,8 +27,9 @@ from usbip_plugin.context import NodeContext
 from usbip_plugin.locks.manager import Grant, LockManager
 from usbip_plugin.locks.protocol import LockMeta, Rules
 from usbip_plugin.locks.watch import LockChange
-from usbip_plugin.model import Attachment, Descriptor, DeviceKey, Identity, Lock, ServerKey, UsbId
+from usbip_plugin.model import Attachment, Descriptor, DeviceKey, Endpoint, Identity, Lock, ServerKey, UsbId
 from usbip_plugin.usbip.client import DeviceList, Imported
+from usbip_plugin.usbip.connect import Source
 from usbip_plugin.usbip.identify import DeviceIdentity
 from usbip_plugin.usbip.poller import ServerFlaw
 from usbip_plugin.vhci.driver import ASKED_CHILD_WAIT_S, PortState
@@ -99,15 +102,17 @@ class ScriptedLocks:
             callback(LockChange(key.id, before, self.locks.get(key.id)))
 
     async def acquire(self, key: DeviceKey, meta: LockMeta | None = None, *, claimed: bool = False) -> Grant:
-        return replace(await self._written("acquire", key), former=self.former)
+        import_from = meta.import_from if meta is not None else None
+        return replace(await self._written("acquire", key, import_from), former=self.former)
 
-    async def renew(self, key: DeviceKey) -> Grant:
-        return await self._written("renew", key)
+    async def renew(self, key: DeviceKey, import_from: Endpoint | None = None) -> Grant:
+        before = self.locks.get(key.id)
+        return await self._written("renew", key, import_from or (before.import_from if before is not None else None))
 
-    async def _written(self, verb: str, key: DeviceKey) -> Grant:
+    async def _written(self, verb: str, key: DeviceKey, import_from: Endpoint | None) -> Grant:
         sent_at = self._clock.monotonic()
         await self._script.reach(f"{verb} {key.busid}")
-        lock = self.hold(key)
+        lock = self.locks[key.id] = replace(self.hold(key), import_from=import_from)
         return Grant(lock, lock.epoch, sent_at + IMPORT_WINDOW_S)
 
     async def annotate(self, key: DeviceKey, *, identity: Identity) -> Lock:
@@ -126,19 +131,37 @@ class ScriptedClient:
     """A USB/IP client whose every import succeeds unless the script raises. Steps: `import 1-1`, `probe 1-1`.
 
     usb_id, serial: of the device. limits: the timeout of each call in seconds, in order.
+    last: the source ports that were to be bound again, in order. busy: whether none of them can be.
+    named: for each import, the source port, and that of the lock when it began.
     """
 
-    def __init__(self, script: Script, sockets: SocketTable) -> None:
+    def __init__(self, script: Script, sockets: SocketTable, locks: ScriptedLocks) -> None:
         self.usb_id = STICK
         self.serial: str | None = "S1"
         self.limits: list[float] = []
-        self._script, self._sockets = script, sockets
+        self.last: list[Endpoint | None] = []
+        self.busy = False
+        self.named: list[tuple[Endpoint, Endpoint | None]] = []
+        self.open = 0
+        self._script, self._sockets, self._locks = script, sockets, locks
+        self._ports = itertools.count(40001)
 
     async def devlist(self, server: ServerKey, *, timeout: float) -> DeviceList:
         raise NotImplementedError
 
-    async def import_device(self, key: DeviceKey, *, timeout: float) -> Imported:
+    async def bind(self, server: ServerKey, last: Endpoint | None = None, *, timeout: float) -> Source:
+        self.last.append(last)
+        self.open += 1
+        again = None if self.busy else last
+        return ScriptedSource(self, again or Endpoint("10.0.0.5", next(self._ports)))
+
+    async def end_half_open(self, server: ServerKey, source: Endpoint, *, timeout: float) -> bool:
+        raise NotImplementedError
+
+    async def import_device(self, key: DeviceKey, *, source: Source | None = None, timeout: float) -> Imported:
         self.limits.append(timeout)
+        assert source is not None
+        self.named.append((source.endpoint, self._locks.locks[key.id].import_from))
         await self._script.reach(f"import {key.busid}")
         return Imported(key, descriptor(key.busid, self.usb_id), self._sockets.open())
 
@@ -149,6 +172,22 @@ class ScriptedClient:
             return DeviceIdentity(self.usb_id, self.serial, ())
         finally:
             imported.close()
+
+
+class ScriptedSource:
+    """A source port of a ScriptedClient."""
+
+    def __init__(self, client: ScriptedClient, endpoint: Endpoint) -> None:
+        self.endpoint = endpoint
+        self._client: ScriptedClient | None = client
+
+    async def connect(self) -> socket.socket:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        if self._client is not None:
+            self._client.open -= 1
+        self._client = None
 
 
 class ScriptedVhci(SimulatedVhci):
@@ -287,7 +326,8 @@ class Rig:
 async def rig() -> AsyncIterator[Rig]:
     """Makes a rig, and checks at the end that only the kernel has references to connections."""
     script, clock, sockets = Script(), SimClock(asyncio.get_running_loop()), SocketTable()
-    locks, client = ScriptedLocks(clock, script), ScriptedClient(script, sockets)
+    locks = ScriptedLocks(clock, script)
+    client = ScriptedClient(script, sockets, locks)
     kernel = SimulatedKernel(clock, resolve=sockets.resolve)
     driver = ScriptedVhci(kernel, script)
     files = MemorySpecs("usbip.dev")
@@ -312,6 +352,7 @@ async def rig() -> AsyncIterator[Rig]:
     yield Rig(script, clock, locks, client, kernel, driver, files, sockets, pipeline, tasks, events, flaws)
     taken = [port for port in kernel.ports() if port.status is not PortStatus.NULL]
     assert len(sockets) == len(taken), "a socket was not closed"
+    assert client.open == 0, "a source port was not closed"
 
 
 on_rig = virtual_with(rig)
