@@ -172,12 +172,12 @@ class Connector:
                 raise SourceNotLocal(server, source) from error
             raise _cannot_connect(server, error) from error
         try:
+            if _connection_state(family, name, remote) == _TIME_WAIT:
+                return False
             await asyncio.get_running_loop().sock_connect(sock, remote)
         except ConnectionRefusedError:
             pass  # nobody listens; the server's kernel knows no connection from there
         except OSError as error:
-            if error.errno == errno.EADDRNOTAVAIL and _connection_state(family, name, remote) == _TIME_WAIT:
-                return False
             raise _cannot_connect(server, error) from error
         finally:
             reset(sock)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.rigs.vocabulary import DONGLE, KEY, ME, OTHER_KEY, STICK, descriptor
+from tests.rigs.vocabulary import DONGLE, KEY, LAB, ME, OTHER_KEY, STICK, descriptor
 from tests.unit.attach.pipeline_rig import Rig, on_rig
 from usbip_plugin.attach.events import taken_over
 from usbip_plugin.attach.pipeline import DETACH_TIMEOUT, PROBE_TIMEOUT, SECOND_TRY_TIME
@@ -31,7 +31,7 @@ from usbip_plugin.errors import (
     WrongDevice,
     WrongSerial,
 )
-from usbip_plugin.model import DeviceKey, Identity, UsbId
+from usbip_plugin.model import DeviceKey, Endpoint, Identity, UsbId
 from usbip_plugin.usbip.poller import ServerFlaw
 from usbip_plugin.vhci.driver import PortState
 from usbip_plugin.vhci.sysfs import PortStatus
@@ -39,6 +39,8 @@ from usbip_plugin.vhci.sysfs import PortStatus
 ACQUIRED, RENEWED = "acquire 1-1", "renew 1-1"
 IMPORT, ATTACH, ENUMERATE = "import 1-1", "attach 1-1", "enumerate 1-1"
 DEVID = descriptor().devid
+FORMER = Endpoint("10.0.0.7", 40123)
+"""From where the device was imported before, an address that the client does not choose."""
 
 losses = pytest.mark.parametrize("holder", ["node-b", "", None], ids=["taken over", "released by hand", "deleted"])
 """Ways in which a lock stops naming this node: another holder, no holder, no Lease."""
@@ -296,6 +298,78 @@ async def test_no_import_from_another_bus_id_begins_after_the_window_of_the_own_
     with pytest.raises(LockUnavailable, match="in time after the lock was written"):
         await r.reattach()
     assert "import 1-2" not in r.script.steps
+
+
+# the source port
+
+
+@on_rig
+async def test_the_lock_names_the_source_port_of_each_import_before_it_begins(r: Rig) -> None:
+    r.kernel.stuck_next()
+    r.script.at(IMPORT, r.raises(DeviceBusy(KEY)))
+    await r.attach()
+    assert r.script.count(IMPORT) == 3
+    assert all(source == written for source, written in r.client.named)
+    assert r.claim.import_from == r.client.named[-1][0]
+
+
+@on_rig
+async def test_a_busy_device_is_imported_again_from_the_same_port(r: Rig) -> None:
+    r.script.at(IMPORT, r.raises(DeviceBusy(KEY)))
+    await r.attach()
+    assert len({source for source, _ in r.client.named}) == 1
+    assert r.script.count(ACQUIRED) == 1
+
+
+@on_rig
+async def test_a_device_is_imported_from_the_port_that_its_lock_names_if_that_can_be_bound(r: Rig) -> None:
+    r.locks.locks[KEY.id] = replace(r.locks.hold(KEY, ""), import_from=FORMER)
+    await r.attach()
+    assert r.client.last == [FORMER]
+    assert r.client.named == [(FORMER, FORMER)]
+
+
+@on_rig
+async def test_a_re_attach_is_from_the_port_of_the_lost_connection_also_without_its_lease(r: Rig) -> None:
+    r.lost(import_from=FORMER)
+    del r.locks.locks[KEY.id]
+    await r.reattach()
+    assert r.client.named == [(FORMER, FORMER)]
+
+
+@on_rig
+async def test_an_import_from_another_bus_id_is_named_by_the_lock_of_that_only(r: Rig) -> None:
+    r.lost(moved_to=OTHER_KEY)
+    r.locks.locks[KEY.id] = replace(r.locks.locks[KEY.id], import_from=FORMER)
+    await r.reattach()
+    ((source, written),) = r.client.named
+    assert source == written == r.locks.locks[OTHER_KEY.id].import_from != FORMER
+    assert r.locks.locks[KEY.id].import_from == FORMER, "the connection from there may be half-open"
+
+
+@on_rig
+async def test_a_lock_that_is_taken_again_for_a_live_attachment_names_its_source_port(r: Rig) -> None:
+    await r.attach()
+    source = r.claim.import_from
+    await _lock_lost(r, "")
+    r.book.move(r.claim, ClaimEvent.LOCK_FREE)
+    await r.reattach()
+    assert r.locks.locks[KEY.id].import_from == source is not None
+    assert r.script.count(IMPORT) == 1
+
+
+@on_rig
+async def test_a_node_whose_address_has_changed_says_so_once(r: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    r.lost(import_from=FORMER)
+    r.locks.locks[KEY.id] = replace(r.locks.locks[KEY.id], import_from=FORMER)
+    r.client.busy = True
+    r.script.at(IMPORT, r.raises(ServerTimeout(LAB, "connect", 3)))
+    with pytest.raises(ServerTimeout):
+        await r.reattach()
+    await r.reattach()
+    assert [record.message for record in caplog.records if "address" in record.message] == [
+        "own address has changed, an old connection to the server cannot be ended"
+    ]
 
 
 # the second try
