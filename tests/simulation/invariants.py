@@ -36,8 +36,8 @@ from usbip_sim.virtual.tcp import DEAD_PEER_S
 
 ALLOCATE_SLACK_S = 0.5
 """Longest time of an Allocate beyond allocateTimeout. All limits here are seconds of the node's clock."""
-UNCLAIMED_LOCK_S = 40.0
-"""Limit of a lock whose node has no claim on the device. A probe of a serial number takes a part of it."""
+UNCLAIMED_LOCK_S = 50.0
+"""Limit of a lock whose node has no claim on the device. The next poll of a server that was away takes 36 s of it."""
 UNUSED_CLAIM_S = ALLOCATION_GRACE + 25.0
 """Limit of a claim without a pod, beyond allocateTimeout."""
 STALE_HEALTH_S = 20.0
@@ -265,8 +265,20 @@ class Watch:
             and not any(self.chaos.active(what, key) for what in ("moved", "unbound", "swapped", "refused", "mute"))
             and not any(self.chaos.active(what, node.name) for what in ("specs fail", "records fail"))
             and not self.chaos.active("ports full", node.name)
-            and (server.importers(key.busid) == 0 or key in node.attached())
+            and (key in node.attached() or not self._blocked(node, key))
         )
+
+    def _blocked(self, node: ClusterNode, key: DeviceKey) -> bool:
+        """Returns whether a server exports a device over a connection that the node cannot end.
+
+        The node can end its own if it is half-open and the lock names it, and if the server's list shows that it must.
+        """
+        if self.settings.lists_in_use:
+            return self.cluster.servers[key.server].importers(key.busid) > 0
+        lease = self.cluster.backend.leases.get(key.id)
+        source = record.lock_of(lease).import_from if lease is not None else None
+        own = source is not None and source.address == node.net.address
+        return any(not own or peer != source for peer in self.cluster.servers[key.server].peers(key.busid))
 
     def _as_claimed(self, node: ClusterNode, key: DeviceKey) -> bool:
         """Returns whether the device plugged in is the one that the pod got, or its resource selects its new USB ID."""

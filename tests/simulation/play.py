@@ -237,10 +237,16 @@ class _Play:
             await asyncio.sleep(0.1)
 
     def _restart_servers(self, c: Cluster) -> None:
-        """Restarts each server that has half-open connections and no keepalive, as an operator must."""
+        """Restarts each server that has half-open connections, no keepalive, and no node to end them.
+
+        Somebody has deleted a Lease with the source port of a device that its node had lost, or taken the lock by hand.
+        Or the server lists devices in use, so that nobody can see which are exported to nobody.
+        """
         for server in c.servers.values():
-            if c.network.half_open(server.key) and not server.keepalive:
+            unseen = self._plan.settings.lists_in_use and c.network.half_open(server.key)
+            if not server.keepalive and (unseen or _unknown_sources(c, server)):
                 self.note(f"{server.key} is restarted for its half-open connections")
+                self._result.counts["a server was restarted for half-open connections"] += 1
                 server.halt()
                 server.running = True
         for name, lease in list(c.backend.leases.items()):
@@ -277,6 +283,17 @@ class _Play:
         node.start()
         await asyncio.sleep(30)
         await self._reach("no task is left", 5, lambda: _differing(c))
+
+
+def _unknown_sources(c: Cluster, server: VirtualServer) -> list[str]:
+    """Returns the bus IDs of devices that a server exports to half-open connections that no lock names."""
+    found = []
+    for device in server.table.devices():
+        lease = c.backend.leases.get(DeviceKey(server.key, device.busid).id)
+        source = record.lock_of(lease).import_from if lease is not None else None
+        if c.network.half_open(server.key) and any(peer != source for peer in server.peers(device.busid)):
+            found.append(device.busid)
+    return found
 
 
 def _config(servers: list[VirtualServer], settings: Settings) -> Config:

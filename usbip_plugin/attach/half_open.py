@@ -31,7 +31,7 @@ FIRST_WAIT = 2.0
 
 The server of a released device resets it for 0.3 s, and is polled again 0.5 s after the release.
 """
-MAX_WAIT = 300.0
+MAX_WAIT = 60.0
 """Longest wait in seconds, without jitter (20 %), between two connects for one device. The wait doubles with each."""
 CONNECT_TIMEOUT = 3.0
 """Longest time in seconds to connect. The connect takes two round trips, and a second if a SYN is lost."""
@@ -42,7 +42,8 @@ def half_open_source(
 ) -> Endpoint | None:
     """Returns from where this node last imported a device, if its server may still export it to that dead connection.
 
-    That is if the server answers without listing the device, and nobody or an earlier boot of this node has the lock.
+    That is if the server answers without listing the device as free, and nobody or an earlier boot of this node has the
+    lock.
     None while this boot holds the lock: it imports the device itself. None if a live attachment uses the port.
 
     claim: the claim that this device, or another from its bus ID, has here.
@@ -52,7 +53,8 @@ def half_open_source(
     attached = claim is not None and claim.port is not None
     if not free or attached or lock.key is None or lock.import_from is None:
         return None
-    if view.state is not ServerState.REACHABLE or view.find(lock.key.busid) is not None:
+    listed = view.find(lock.key.busid) is not None and not view.lists_in_use
+    if view.state is not ServerState.REACHABLE or listed:
         return None
     return None if lock.import_from in live else lock.import_from
 

@@ -10,7 +10,7 @@ from tests.rigs.vocabulary import KEY, LAB, ME, OTHER_KEY, STICK, descriptor
 from usbip_plugin.attach.half_open import half_open_source
 from usbip_plugin.claims import Claim, ClaimState
 from usbip_plugin.model import Endpoint, Lock
-from usbip_plugin.usbip.poller import ServerView, failed, listed
+from usbip_plugin.usbip.poller import ServerFlaw, ServerView, failed, listed
 
 HERE = Endpoint("10.0.0.5", 40123)
 FREE = Lock(KEY.id, "", 3, 40.0, "7", key=KEY, import_from=HERE)
@@ -62,3 +62,8 @@ def test_a_server_that_does_not_answer_or_lists_the_device_is_left_alone() -> No
     assert source(view=ServerView(LAB)) is None
     assert source(view=failed(HIDING, "no route", 1.0)) is None
     assert source(view=listed(HIDING, [descriptor("1-1")], 1.0)) is None
+
+
+def test_the_list_of_a_server_that_lists_devices_in_use_shows_nothing() -> None:
+    view = replace(listed(HIDING, [descriptor("1-1")], 1.0), flaws=frozenset({ServerFlaw.LISTS_IN_USE}))
+    assert source(view=view) == HERE
