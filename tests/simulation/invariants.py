@@ -68,6 +68,7 @@ def served(cluster: Cluster, node: ClusterNode) -> frozenset[str]:
 
 
 TURN = "a node's turn comes"
+SOURCE_KEPT = "the port of a half-open connection stays on its lock"
 
 
 class Watch:
@@ -163,10 +164,23 @@ class Watch:
             self._let_go(self.cluster.nodes[old[0]], lease.name)
         if self.settings.lists_in_use and {old[0], new[0]} <= self.cluster.nodes.keys() and old[0] != new[0]:
             self._taken_over(self._keys[lease.name], old[0])
+        if before is not None and after is not None and not self.settings.lists_in_use:
+            self._check_source(record.lock_of(before), record.lock_of(after))
         if before is not None and after is not None:
             rises = after.transitions - before.transitions
             if rises != int(new[0] != "" and old != new):
                 self._fail("an epoch for each holder", f"{lease.name}: {old} -> {new}, +{rises}")
+
+    def _check_source(self, before: Lock, after: Lock) -> None:
+        """Checks that a node does not forget from where a connection was made that its server takes for alive."""
+        by_a_node = not after.by_hand and {before.holder, after.holder} <= {"", *self.cluster.nodes}
+        key = self._keys.get(before.device_id)
+        if by_a_node and key is not None and before.import_from not in (None, after.import_from):
+            half_open = self.cluster.network.half_open_sources(key.server)
+            if before.import_from in half_open and before.import_from in self.cluster.servers[key.server].peers(
+                key.busid
+            ):
+                self._fail(SOURCE_KEPT, f"{key}: {before.import_from}, then {after.import_from}")
 
     def _taken_over(self, key: DeviceKey, holder: str) -> None:
         """Notes a takeover from a living holder, which cannot be excluded at a server that lists devices in use."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import math
 from collections.abc import AsyncIterator
@@ -15,12 +16,13 @@ from tests.model.lock_mutants import (
     never_detached,
     whoever_holds_it,
 )
-from tests.simulation.invariants import TURN
+from tests.simulation.invariants import SOURCE_KEPT, TURN
 from tests.simulation.node_statuses import KNOWN, SAID
 from tests.simulation.plan import Plan
 from tests.simulation.play import Wrong, patched
 from tests.simulation.shapes import B, act, shape, wait
 from usbip_plugin.attach import pipeline, reattach
+from usbip_plugin.attach.half_open import HalfOpenConnections
 from usbip_plugin.attach.monitor import AttachmentMonitor
 from usbip_plugin.attach.pipeline import Pipeline
 from usbip_plugin.attach.release import Releaser
@@ -31,13 +33,15 @@ from usbip_plugin.inventory.failures import FailureTracker
 from usbip_plugin.kube.node_status import NodeStatusPublisher
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer
 from usbip_plugin.kubelet.publish import KubeletPublisher
-from usbip_plugin.locks import protocol
+from usbip_plugin.locks import protocol, record
 from usbip_plugin.locks.manager import Grant, LockSettings
 from usbip_plugin.locks.protocol import Create, Decision, Denied, LockMeta, Observation, Replace, Rules, Write
 from usbip_plugin.locks.record import Lease
 from usbip_plugin.locks.watch import ApiState, LockCache
 from usbip_plugin.locks.writer import AcknowledgedWrite, WriteAttempts, Writer
-from usbip_plugin.model import Attachment, Descriptor, DeviceKey, Endpoint
+from usbip_plugin.model import Attachment, Descriptor, DeviceKey, Endpoint, ServerKey
+from usbip_plugin.usbip.client import TcpUsbipClient
+from usbip_plugin.usbip.connect import Source
 from usbip_plugin.usbip.poller import ServerPoller
 from usbip_sim.leases import MemoryBackend
 
@@ -52,11 +56,13 @@ NOT_WORKING = "agents work"
 PAUSED = "a device that fails Allocates is paused"
 SELECTED = "a pod's device is one that it selected"
 OFFERED = "nothing is offered without the API server"
+LEFT = "nothing is left"
 
 # Replacements are named after what they do wrong. These are the replaced functions that some of them call.
 check_still_ours = Pipeline._check_still_ours
 create = MemoryBackend.create
 detach_and_release = Releaser.detach_and_release
+bind = TcpUsbipClient.bind
 enumerate_and_compare = Pipeline._enumerate
 replace_lease = MemoryBackend.replace
 run_monitor = AttachmentMonitor.run
@@ -199,6 +205,25 @@ def any_usb_id_will_do(claim: Claim, _resource: object, descriptor: Descriptor) 
     return replace(claim, usb_id=descriptor.usb_id, serial=None)
 
 
+async def from_another_port(
+    self: TcpUsbipClient, server: ServerKey, last: Endpoint | None = None, *, timeout: float
+) -> Source:
+    del last
+    return await bind(self, server, timeout=timeout)
+
+
+async def never_ended(_self: HalfOpenConnections) -> None:
+    await asyncio.Event().wait()
+
+
+def without_its_source(lease: Lease | None, write: Write) -> Decision:
+    decision = protocol.decide_release(lease, write)
+    if not isinstance(decision, Replace):
+        return decision
+    notes = record.merged_annotations(decision.lease.annotations, {record.IMPORT_FROM: None})
+    return Replace(replace(decision.lease, annotations=notes))
+
+
 async def answered_at_once(*_arguments: object) -> None:
     """Replaces a wait by nothing."""
 
@@ -251,6 +276,12 @@ IN_FLIGHT = tuple(
 """A's request to the server is under way for longer than its lock lasts."""
 ROBBED = tuple(shape(act(0, "admit"), act(0.1, loss, lasts=70), wait(40)) for loss in ("lock_taken", "lock_released"))
 """A loses the lock while the device enumerates, which takes 0.3 s."""
+HALF_OPEN = shape(act(0, "admit"), act(4, "link_cut", lasts=30), wait(60), keepalive=(False,), fenced=True)
+"""The network between A and a server without keepalive is away for half a minute."""
+LEFT_HALF_OPEN = shape(
+    act(0, "admit"), act(4, "link_cut", lasts=30), act(20, "end"), wait(40), keepalive=(False,), fenced=True
+)
+"""The same, and the pod of A ends meanwhile."""
 ROBBED_FOR_LONG = shape(
     act(0, "stuck_port"), act(0, "admit"), act(1, "lock_taken", lasts=70), wait(60), allocate_timeout=60.0
 )
@@ -399,6 +430,27 @@ MUTANTS = (
 )
 
 OTHERS = (
+    Mutant(
+        "half-open",
+        "a re-attach comes from another port",
+        SOURCE_KEPT,
+        (HALF_OPEN,),
+        patched(TcpUsbipClient, "bind", from_another_port),
+    ),
+    Mutant(
+        "half-open",
+        "a release forgets the port",
+        SOURCE_KEPT,
+        (LEFT_HALF_OPEN,),
+        Wrong(Rules(decide_release=without_its_source)),
+    ),
+    Mutant(
+        "half-open",
+        "what nobody uses stays half-open",
+        LEFT,
+        (LEFT_HALF_OPEN,),
+        patched(HalfOpenConnections, "run", never_ended),
+    ),
     Mutant(
         "restore",
         "versions are compared by order",

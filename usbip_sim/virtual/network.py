@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextvars import Context
 from typing import Protocol
 
-from usbip_plugin.model import DeviceKey, ServerKey
+from usbip_plugin.model import DeviceKey, Endpoint, ServerKey
 from usbip_sim.server.server import VirtualServer
 from usbip_sim.sockets import SocketTable
 from usbip_sim.virtual.steploop import Process
@@ -159,6 +159,12 @@ class Network:
     def half_open(self, server: ServerKey) -> int:
         """Returns how many of the server's connections the nodes do not know any more."""
         return sum(connection.server_up and not connection.node_up for connection in self._of(server=server))
+
+    def half_open_sources(self, server: ServerKey) -> list[Endpoint]:
+        """Returns the nodes' ends of the connections that half_open() counts, without those that are being closed."""
+        known = self._of(server=server)
+        half_open = (one for one in known if one.server_up and not one.node_up and not one.closing)
+        return [Endpoint(connection.host.address, connection.port) for connection in half_open]
 
     def from_port(self, host: Host, port: int, server: ServerKey) -> list[NetworkConnection]:
         """Returns the connections that the node or the server has from this port of the node to the server."""
