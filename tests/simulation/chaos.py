@@ -156,6 +156,8 @@ class Chaos:
         self.flashed: dict[DeviceKey, VirtualDevice] = {}
         """Sticks that have another USB ID now, as they are listed with it."""
         self.ended_badly: list[str] = []
+        self.set_back: dict[str, str] = {}
+        """Versions of the Leases that the last restore has changed, by name."""
         self.unknowable: set[tuple[str, str]] = set()
         """Nodes with the IDs of devices that their pods have and that their plugins cannot know."""
         self.failing_disks: set[str] = set()
@@ -554,6 +556,7 @@ class Chaos:
         before = dict(backend.leases)
         backend.restore(backup, bump)
         self.fired["restored, bumped" if bump else "restored, not bumped"] += 1
+        self.set_back = {name: one.resource_version for name, one in backend.leases.items() if before.get(name) != one}
         for name in sorted({*before, *backend.leases}):
             lease, after = before.get(name), backend.leases.get(name)
             key = lock_of(lease or backend.leases[name]).key

@@ -153,7 +153,8 @@ class Watch:
             self.note(f"lock of {self._keys.get(lease.name, lease.name)}: {old[0] or 'nobody'} -> {new[0] or 'nobody'}")
         if old[0] and not new[0] and after is not None:
             self._count_failure(old[0], record.lock_of(after))
-        if before is not None and record.lock_of(before).by_hand and new[0] in self.cluster.nodes:
+        set_back = before is not None and self.chaos.set_back.get(before.name) == before.resource_version
+        if before is not None and record.lock_of(before).by_hand and new[0] in self.cluster.nodes and not set_back:
             agent = self.cluster.nodes[new[0]].agent
             claim = agent.claims.view.get(lease.name) if agent is not None else None
             if claim is not None and claim.state in IN_USE:

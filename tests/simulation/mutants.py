@@ -73,7 +73,7 @@ write_lock = Writer._write
 # R1
 
 
-async def without_a_write(self: Pipeline, claim: Claim, _import_from: Endpoint | None) -> Grant:
+async def without_a_write(self: Pipeline, claim: Claim, _import_from: Endpoint | None, **_options: bool) -> Grant:
     lock = self._locks.locks[claim.id]
     return Grant(lock, lock.epoch, math.inf)
 
@@ -128,7 +128,7 @@ async def release_first(self: Releaser, device_id: str) -> None:
 # R6
 
 
-async def renew_only(self: Pipeline, claim: Claim, import_from: Endpoint | None) -> Grant:
+async def renew_only(self: Pipeline, claim: Claim, import_from: Endpoint | None, **_options: bool) -> Grant:
     return await self._locks.renew(claim.key, import_from)
 
 

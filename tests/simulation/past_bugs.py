@@ -50,9 +50,11 @@ async def finish_for_good(self: Releaser, device_id: str, *, keep: bool = False)
     await detach_and_release(self, device_id)
 
 
-async def write_again_though_lost(self: Pipeline, claim: Claim, import_from: Endpoint | None) -> Grant:
+async def write_again_though_lost(
+    self: Pipeline, claim: Claim, import_from: Endpoint | None, **options: bool
+) -> Grant:
     """Ignores that the claim was lost meanwhile."""
-    return await write_again(self, replace(claim, state=ClaimState.REATTACHING), import_from)
+    return await write_again(self, replace(claim, state=ClaimState.REATTACHING), import_from, **options)
 
 
 def look_at_the_lock_only(self: Pipeline, claim: Claim) -> None:

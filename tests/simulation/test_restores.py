@@ -6,6 +6,8 @@ from tests.simulation.chaos import BUMP
 from tests.simulation.cluster_rig import Cluster, agent, one_stick, pod, port_of
 from usbip_plugin.attach.events import DeviceEvent, EventKind
 from usbip_plugin.locks import record
+from usbip_plugin.model import DeviceKey
+from usbip_sim.virtual.cluster_node import ClusterNode
 from usbip_sim.virtual.steploop import stepped
 
 WATCH_AGAIN_S = 2.0
@@ -63,3 +65,68 @@ async def test_a_lock_that_is_its_former_holders_again_is_released_by_it_and_the
         assert await c.settle(lambda: agree(c), WATCH_AGAIN_S)
         assert (lab.table.granted, b.attached()) == (2, frozenset({device})), "two imports, one by each node"
         assert EventKind.LOCK_LOST not in [notice.what for notice in notices]
+
+
+@bumps
+@stepped
+async def test_a_lock_that_is_an_earlier_boots_again_is_taken_again_and_the_device_stays_attached(bump: int) -> None:
+    notices: list[DeviceEvent] = []
+    async with one_stick(keepalive=True, notices=notices) as (c, lab, device):
+        node = await c.taken(device)
+        backup = c.backend.backup()
+        node.reboot()
+        node.start()
+        assert await c.settle(lambda: node.attached() == {device} and c.pod_of(device) == pod("p"), 30)
+        await c.becomes(node, device, healthy=True)
+        c.backend.restore(backup, bump)
+        await stays(c, node, device)
+        assert lab.table.granted == 2, "one import before the reboot, and one after it"
+        assert EventKind.LOCK_LOST not in [notice.what for notice in notices]
+
+
+@bumps
+@pytest.mark.parametrize("gone", [False, True])
+@stepped
+async def test_a_lock_of_a_former_holder_that_cannot_release_it_is_taken_again_and_the_device_stays_attached(
+    bump: int, gone: bool
+) -> None:
+    """The former holder has been rebooted since the backup, or is gone: no list shows the device as free (R3)."""
+    notices: list[DeviceEvent] = []
+    async with one_stick(keepalive=True, notices=notices) as (c, lab, device):
+        a, b = c["node-a"], c["node-b"]
+        await c.taken(device)
+        backup = c.backend.backup()
+        a.end(pod("p"))
+        await c.becomes(b, device, healthy=True)
+        a.reboot()
+        if not gone:
+            a.start()
+        assert await b.admit(pod("q"), "stick") is None
+        await c.noted(device, "q")
+        c.backend.restore(backup, bump)
+        await stays(c, b, device, "q")
+        assert lab.table.granted == 2, "two imports, one by each node"
+        assert EventKind.LOCK_LOST not in [notice.what for notice in notices]
+
+
+@stepped
+async def test_a_device_stays_attached_though_its_lock_is_released_by_hand_as_it_once_was() -> None:
+    async with one_stick() as (c, lab, device):
+        node = await c.taken(device)
+        c.release_by_hand(device)
+        backup = c.backend.backup()
+        await c.becomes(c["node-b"], device, healthy=True)
+        node.end(pod("p"))
+        assert await c["node-b"].admit(pod("q"), "stick") is None
+        await c.noted(device, "q")
+        c.backend.restore(backup)
+        await stays(c, c["node-b"], device, "q")
+        assert lab.table.granted == 2, "two imports, one by each node"
+
+
+async def stays(c: Cluster, node: ClusterNode, device: DeviceKey, name: str = "p") -> None:
+    """Checks that the node holds the device again within seconds, and that it keeps it."""
+    assert await c.settle(lambda: c.holder(device) == node.name, WATCH_AGAIN_S + 1)
+    assert not await c.settle(lambda: node.attached() != {device} or c.holder(device) != node.name, 60)
+    assert c.pod_of(device) == pod(name)
+    await c.becomes(node, device, healthy=True)

@@ -266,7 +266,12 @@ class AttachmentMonitor:
         self._regain(device_id)
 
     def _loss(self, device_id: str, held_for: float) -> Loss:
-        lock = self._locks.locks.get(device_id)
+        lock, claim = self._locks.locks.get(device_id), self._tasks.book.get(device_id)
+        if claim is not None and self._locks.is_set_back(device_id):
+            # nobody else can have what is attached here; what an earlier boot of this node held is taken by R3
+            holder = lock.holder if lock is not None else ""
+            if claim.port is not None or holder == self._me.node:
+                return Loss.REGAIN
         return self._locks.rules.decide_loss(lock, self._me, held_for, self._locks.settings.import_window)
 
     async def _report_loss(self, claim: Claim) -> None:
@@ -289,7 +294,7 @@ class AttachmentMonitor:
             )
 
     def _regain(self, device_id: str) -> None:
-        """Begins to take the lock of a Lost claim again, if the lock is free and the pod is still there.
+        """Begins to take the lock of a Lost claim again, if it is free or was set back, and the pod is still there.
 
         A device that is still attached stays so, any other is attached again. A lock that a person has released stays
         released. Does nothing while other work has the device's mutex.

@@ -280,9 +280,9 @@ class Pipeline:
         claim = self._book[device_id]
         taken = [key for key in dict.fromkeys((claim.key, claim.location)) if not self.is_mine(key.id)]
         if claim.key in taken:
-            await self._write_again(claim, claim.import_from)
+            await self._write_again(claim, claim.import_from, attached=True)
         if claim.moved_to in taken and claim.moved_to is not None:
-            await self._write_location(claim, claim.moved_to, claim.import_from)
+            await self._write_location(claim, claim.moved_to, claim.import_from, attached=True)
         attachment = self._hand_out(device_id, now)
         port = own_port(claim.location, await self._driver.ports(), now.port) if taken else None
         for key in taken:
@@ -292,9 +292,11 @@ class Pipeline:
                 self._tasks.note_identity(key, Identity(port.devid, now.serial))
         return attachment
 
-    async def _write_location(self, claim: Claim, location: DeviceKey, import_from: Endpoint | None) -> Grant:
+    async def _write_location(
+        self, claim: Claim, location: DeviceKey, import_from: Endpoint | None, *, attached: bool = False
+    ) -> Grant:
         meta = LockMeta(str(claim.usb_id), None, claim.traceparent, in_place_of=claim.id, import_from=import_from)
-        return await self._locks.acquire(location, meta, claimed=True)
+        return await self._locks.acquire(location, meta, claimed=True, attached=attached)
 
     async def detach_from_location(self, device_id: str) -> None:
         """Detaches the device from the claim's moved_to, releases the lock of that location (R5) and unsets moved_to.
@@ -307,8 +309,10 @@ class Pipeline:
             await self._locks.release(location)
             self._book.put(replace(self._book[device_id], moved_to=None))
 
-    async def _write_again(self, claim: Claim, import_from: Endpoint | None) -> Grant:
-        """Writes the claim's lock before a re-attach (R1). Only the lock of the location names the source port.
+    async def _write_again(self, claim: Claim, import_from: Endpoint | None, *, attached: bool = False) -> Grant:
+        """Writes the claim's lock before a re-attach (R1), or for a device that is still attached (attached=True).
+
+        Only the lock of the location names the source port.
 
         A lock that is of another boot is acquired as for an Allocate (R2, R3, R4). Raises LockLost if another node
         holds it, or if the claim is Lost by now: the caller decides whether its lock may be acquired again. Raises
@@ -322,7 +326,7 @@ class Pipeline:
             return await self._locks.renew(claim.key, import_from)
         meta = LockMeta(usb_id=str(claim.usb_id), traceparent=claim.traceparent, import_from=import_from)
         try:
-            return await self._locks.acquire(claim.key, meta, claimed=True)
+            return await self._locks.acquire(claim.key, meta, claimed=True, attached=attached)
         except LockHeld as held:
             if held.holder == self._me.node:
                 cause = "another boot of this node holds it, and its server does not list it as free (rule R3)"

@@ -119,6 +119,7 @@ class LockManager:
         self._watcher = LockWatcher(watched, self._view, self._reachability, clock, rng, self.ready, self._settle)
         self._device_locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         self._mine: set[str] = set()
+        self._tenures: dict[str, int] = {}  # by device ID: the epoch in which this boot holds, or held, the lock
         self._taking = 0
         # By device ID: the epoch that an acquire() may have begun before it was given up.
         self._abandoned: dict[str, tuple[DeviceKey, int]] = {}
@@ -161,7 +162,13 @@ class LockManager:
         self._api_subscribers.append(callback)
         return lambda: self._api_subscribers.remove(callback)
 
-    async def acquire(self, key: DeviceKey, meta: LockMeta | None = None, *, claimed: bool = False) -> Grant:
+    def is_set_back(self, device_id: str) -> bool:
+        """Returns whether a restore of etcd has set the lock back to before this boot's hold of it (R6)."""
+        return protocol.is_set_back(self.locks.get(device_id), self._me, self._tenures.get(device_id))
+
+    async def acquire(
+        self, key: DeviceKey, meta: LockMeta | None = None, *, claimed: bool = False, attached: bool = False
+    ) -> Grant:
         """Takes the lock, or writes it once more if this boot of this node holds it already (R2, R3, R4).
 
         Raises LockHeld if another node holds it, or another boot of this node (R3). Raises LockUnavailable if the API
@@ -169,11 +176,16 @@ class LockManager:
         If the call is cancelled or unavailable and its write takes effect after all, run() releases the lock again.
         With claimed=True, run() does not release it: the caller must, whatever the outcome of this call. A lock that a
         person has released is not taken then (R6).
+        With attached=True, the device is attached here, so that nobody else has it: a lock that was set back is taken.
         """
         former: Lock | None = None
+        tenure = self._tenures.get(key.id) if attached else None
 
         async def decide(lease: Lease | None, write: Write) -> Decision:
             nonlocal former
+            if lease is not None and protocol.is_set_back(record.lock_of(lease), self._me, tenure):
+                free = replace(lease, holder="")
+                return self.rules.decide_acquire(free, key, meta or LockMeta(), write, None, False)
             if claimed and lease is not None and protocol.released_by_hand(lease):
                 return Denied(lease)
             importable = self.expiry.importable(key.id)
@@ -282,6 +294,7 @@ class LockManager:
                 await self.acquire(key, claimed=True)
             async with self._device_lock(key.id):
                 await self._writer.drive(key, decide)
+                self._tenures.pop(key.id, None)
 
     async def _amend(
         self, key: DeviceKey, changes: Mapping[str, str | None], identity: Identity | None = None
@@ -322,6 +335,8 @@ class LockManager:
     def _changed(self, change: LockChange) -> None:
         if change.new is not None and change.new.holder == self._me.node:
             self._mine.add(change.device_id)
+            if change.new.boot_id == self._me.boot_id:
+                self._tenures[change.device_id] = change.new.epoch
             self._check_orphan(change.device_id)
         else:
             self._mine.discard(change.device_id)

@@ -6,7 +6,8 @@ R3 Mine: by node and by boot. Another boot of this node: only if the server, ask
 R4 Expired: unchanged for a whole duration, and after that the server, asked again, lists the device as free.
    The list of a server that was seen to list devices in use shows nothing.
 R5 Release only when the local port is free (the caller's duty).
-R6 Lost: the holder is another node, another boot, or nobody. A lock that nobody holds is taken again first.
+R6 Lost: the holder is another node, another boot, or nobody. A lock that nobody holds is taken again first, and so is,
+   for a device that is attached here, a lock that a restore of etcd has set back to an earlier holder.
 R7 API server unreachable: nothing new is taken, nothing held is released.
 
 The Lease is not a fence. The USB/IP server is: it exports a device to one client at a time. The rules ensure that no
@@ -231,6 +232,18 @@ def of_another_boot(lease: Lease | None, me: NodeIdentity) -> bool:
     Usually that is the kernel before a reboot. It can also be another machine, which is cut off but alive.
     """
     return lease is not None and lease.holder == me.node and not is_mine(lease, me)
+
+
+def is_set_back(lock: Lock | None, me: NodeIdentity, tenure: int | None) -> bool:
+    """Returns whether a lock is older than this boot's own hold of it: etcd was restored from a backup (R6).
+
+    Each new holder begins an epoch, and a release keeps it. So no later record has such an epoch.
+
+    tenure: the epoch in which this boot held the lock; None if it did not.
+    """
+    if lock is None or tenure is None or (lock.holder, lock.boot_id) == (me.node, me.boot_id):
+        return False
+    return lock.epoch < tenure or (lock.epoch == tenure and lock.holder != "")
 
 
 class Loss(enum.Enum):

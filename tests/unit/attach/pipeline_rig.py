@@ -101,7 +101,9 @@ class ScriptedLocks:
         for callback in tuple(self._subscribers):
             callback(LockChange(key.id, before, self.locks.get(key.id)))
 
-    async def acquire(self, key: DeviceKey, meta: LockMeta | None = None, *, claimed: bool = False) -> Grant:
+    async def acquire(
+        self, key: DeviceKey, meta: LockMeta | None = None, *, claimed: bool = False, attached: bool = False
+    ) -> Grant:
         import_from = meta.import_from if meta is not None else None
         return replace(await self._written("acquire", key, import_from), former=self.former)
 

@@ -209,6 +209,27 @@ def test_r6_a_device_is_detached_for_a_holder_that_stays_or_a_person_only(
     assert protocol.decide_loss(lock, ME, held_for, 10.0) is loss
 
 
+@pytest.mark.parametrize(
+    ("lease", "epoch", "tenure", "set_back"),
+    [
+        (held(OTHER), 3, None, False),
+        (held(OTHER), 4, 3, False),  # taken from this node
+        (held(OTHER), 3, 3, True),
+        (held(REBOOTED), 3, 3, True),
+        (held(OTHER), 1, 3, True),
+        (held(ME), 1, 3, False),
+        (released(ME), 3, 3, False),  # its own release, or a person's
+        (released(OTHER), 2, 3, True),
+        (None, 0, 3, False),
+    ],
+)
+def test_r6_a_lock_of_an_epoch_before_this_boots_own_was_set_back(
+    lease: Lease | None, epoch: int, tenure: int | None, set_back: bool
+) -> None:
+    lock = record.lock_of(replace(lease, transitions=epoch)) if lease is not None else None
+    assert protocol.is_set_back(lock, ME, tenure) is set_back
+
+
 def test_r4_a_heartbeat_without_a_lock_write_shows_that_the_holder_lives_and_has_its_device() -> None:
     lock, before = held(OTHER), Lease("usbip-node-b", "b", resource_version="1")
     first = protocol.observe(None, lock, before, 99.0, 100.0, 40.0)
