@@ -58,8 +58,8 @@ class Lines:
     def __init__(self, items: list[dict[str, Any]]) -> None:
         self._items, self._lines = items, asyncio.Queue[Sequence[bytes]]()
 
-    async def list(self, _path: str, **_rest: object) -> dict[str, Any]:
-        return {"metadata": {"resourceVersion": "1000"}, "items": self._items}
+    async def pages(self, _path: str, **_rest: object) -> AsyncIterator[dict[str, Any]]:
+        yield {"metadata": {"resourceVersion": "1000"}, "items": self._items}
 
     async def request(self, verb: str, _path: str, *, resource: str, **_rest: object) -> dict[str, Any]:
         """Raises KubeNotFound, as no holder has a session."""

@@ -377,6 +377,10 @@ class KubeServerError(KubeError):
     """The API server answered 5xx, or its answer does not follow the API."""
 
 
+class KubeTooLong(KubeServerError):
+    """An answer of the API server is longer than the caller has memory for. Its rest was not read."""
+
+
 class KubeletError(PluginError):
     """An error of the node's kubelet."""
 

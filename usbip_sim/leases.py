@@ -267,8 +267,9 @@ class MemoryLeases:
     async def get(self, name: str) -> Lease | None:
         return await self._call("get", name, lambda: self._backend.leases.get(name))
 
-    async def list(self, labels: Mapping[str, str]) -> LeaseList:
-        return await self._call("list", "", lambda: self._backend.list(labels))
+    async def list(self, labels: Mapping[str, str], keep: Callable[[Lease], bool] = lambda _lease: True) -> LeaseList:
+        found = await self._call("list", "", lambda: self._backend.list(labels))
+        return replace(found, items=tuple(filter(keep, found.items)))
 
     async def create(self, lease: Lease) -> Lease:
         return await self._call("create", lease.name, lambda: self._backend.create(lease))

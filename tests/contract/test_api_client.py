@@ -19,10 +19,13 @@ from usbip_plugin.errors import (
     KubeNotFound,
     KubeServerError,
     KubeThrottled,
+    KubeTooLong,
     KubeUnauthorized,
     KubeUnreachable,
 )
 from usbip_plugin.kube.client import KEEPALIVE_IDLE_S, TOKEN_PERIOD_S, KubeClient, connect
+from usbip_plugin.kube.paging import PAGE_BYTES
+from usbip_plugin.kube.responses import MAX_BODY_BYTES
 
 PODS = f"/api/v1/namespaces/{NAMESPACE}/pods"
 NEWER = "a-newer-token"
@@ -197,15 +200,42 @@ async def test_a_certificate_of_an_unknown_authority_or_another_host_is_refused(
         assert (api.requests, api.unauthorized) == ([], 0)
 
 
-async def test_a_list_joins_its_pages(api: FakeApi, client: KubeClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("usbip_plugin.kube.client.LIST_PAGE", 2)
-    found = await client.list(PODS, resource="pods")
-    assert [pod["metadata"]["name"] for pod in found["items"]] == ["p0", "p1", "p2", "p3", "p4"]
+async def test_a_list_comes_in_pages(api: FakeApi, client: KubeClient) -> None:
+    found = [page["items"] async for page in client.pages(PODS, resource="pods", size=2)]
+    assert [[pod["metadata"]["name"] for pod in items] for items in found] == [["p0", "p1"], ["p2", "p3"], ["p4"]]
     assert [(request.params["limit"], request.params.get("continue")) for request in api.requests] == [
         ("2", None),
         ("2", "2"),
         ("2", "4"),
     ]
+    assert len((await client.list(PODS, resource="pods"))["items"]) == 5
+
+
+async def test_long_objects_come_in_short_pages_and_the_caller_hears_of_a_large_list(
+    api: FakeApi, client: KubeClient
+) -> None:
+    large: list[None] = []
+    client.on_large_list = lambda: large.append(None)
+    for number in range(20):
+        pod = {"metadata": {"namespace": "default", "name": f"q{number:02}"}, "spec": {"nodeName": "n"}}
+        pod["metadata"]["note"] = "x" * 250_000 * (number < 17)
+        api.objects[f"{PODS}/q{number:02}"] = pod
+    sizes = [len(page["items"]) async for page in client.pages(PODS, resource="pods", size=50)]
+    assert sum(sizes) == 25
+    assert max(sizes[:-1]) * 250_000 < PAGE_BYTES + 250_000
+    limits = [request.params["limit"] for request in api.requests]
+    assert (limits[0], min(map(int, limits))) == ("50", 2)
+    assert large == [None]
+
+
+async def test_an_object_beyond_all_bounds_fails_the_list_and_is_not_read_to_its_end(
+    api: FakeApi, client: KubeClient
+) -> None:
+    pod = {"metadata": {"namespace": "default", "name": "q", "note": "x" * MAX_BODY_BYTES}, "spec": {"nodeName": "n"}}
+    api.objects[f"{PODS}/q"] = pod
+    with pytest.raises(KubeTooLong, match=f"longer than {MAX_BODY_BYTES} bytes"):
+        await client.list(PODS, resource="pods")
+    assert [request.params["limit"] for request in api.requests][-1] == "1"
 
 
 @pytest.mark.parametrize(

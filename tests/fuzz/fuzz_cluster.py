@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -99,8 +99,8 @@ class _OneLease:
     def __init__(self, lease: Lease) -> None:
         self._lease = lease
 
-    async def list(self, _labels: Mapping[str, str]) -> LeaseList:
-        return LeaseList((self._lease,), "1")
+    async def list(self, _labels: Mapping[str, str], keep: Callable[[Lease], bool]) -> LeaseList:
+        return LeaseList(tuple(filter(keep, (self._lease,))), "1")
 
 
 def show(lease: Lease) -> None:
@@ -131,8 +131,7 @@ def view(data: bytes) -> None:
         with known.call(one.name) as call:
             known.answered(call, one)
             known.answered(call, None)
-        known.begin_list()
-        known.reset(LeaseList(tuple(leases), one.resource_version))
+        known.reset(LeaseList(tuple(filter(known.begin_list(), leases)), one.resource_version))
     assert len(known.locks) <= len(leases)
     assert all(record.is_lock_name(name) or name in {one.name for one in leases} for name in known.locks)
 

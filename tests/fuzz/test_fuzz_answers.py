@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import random
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import grpc.aio
 import pytest
@@ -17,8 +16,7 @@ from tests.fuzz.fuzz_target import fit_to_show
 from usbip_plugin.attach.containers import ContainerResponse
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.errors import KubeServerError, KubeThrottled, PluginError, PodResourcesUnavailable, ServerUnreachable
-from usbip_plugin.kube import client as kube_client
-from usbip_plugin.kube import responses
+from usbip_plugin.kube import client, paging, responses
 from usbip_plugin.kube.pods import OwnPods, PodPhase, read_pod
 from usbip_plugin.kubelet import deviceplugin_pb2 as pb
 from usbip_plugin.kubelet.allocate import preferred
@@ -59,22 +57,18 @@ def test_a_refusal_with_a_deeply_nested_message_is_a_server_error() -> None:
     assert "HTTP 500" in str(responses.error_of(500, {"message": nested}, "get", "leases", None))
 
 
-class EndlessList(kube_client.KubeClient):
-    """An API server whose lists always have another page."""
-
-    def __init__(self) -> None:
-        self.pages = 0
-
-    async def request(self, *_args: Any, **_options: Any) -> dict[str, Any]:
-        self.pages += 1
-        return {"metadata": {"continue": "more", "resourceVersion": "1"}, "items": [{}]}
-
-
 async def test_a_list_without_an_end_is_given_up() -> None:
-    client = EndlessList()
+    requests = 0
+
+    async def endless(_query: Mapping[str, str], _most: int) -> bytes:
+        nonlocal requests
+        requests += 1
+        return b'{"metadata": {"continue": "more", "resourceVersion": "1"}, "items": [{}]}'
+
     with pytest.raises(KubeServerError, match="pages"):
-        await client.list("/x", resource="leases")
-    assert client.pages == kube_client.MAX_PAGES
+        async for _page in paging.pages(endless, "leases", 50):
+            pass
+    assert requests == paging.MAX_PAGES
 
 
 async def test_an_event_without_an_end_is_given_up_before_it_is_kept() -> None:
@@ -163,7 +157,7 @@ def test_a_log_record_of_megabytes_is_cut_to_one_line() -> None:
 def test_a_token_that_does_not_fit_into_a_header_is_a_file_that_cannot_be_read(tmp_path: Path, token: bytes) -> None:
     (tmp_path / "token").write_bytes(token)
     with pytest.raises(OSError, match="must be printable ASCII"):
-        kube_client._token_header(tmp_path / "token")
+        client._token_header(tmp_path / "token")
 
 
 class Backend:

@@ -246,9 +246,9 @@ class RawApi:
         found: dict[str, Any] = copy.deepcopy(self.objects[name])
         return found
 
-    async def list(self, _path: str, **_options: Any) -> dict[str, Any]:
+    async def pages(self, _path: str, **_options: Any) -> AsyncGenerator[dict[str, Any], None]:
         items = [copy.deepcopy(obj) for obj in self.objects.values() if _is_lock(obj)]
-        return {"metadata": {"resourceVersion": str(self.version)}, "items": items}
+        yield {"metadata": {"resourceVersion": str(self.version)}, "items": items}
 
     async def watch(self, _path: str, **_options: Any) -> AsyncGenerator[dict[str, Any], None]:
         queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -53,9 +53,9 @@ class SocketLeases:
         answer = await self._call("get", name=name)
         return None if answer is None else unpack(answer)
 
-    async def list(self, labels: Mapping[str, str]) -> LeaseList:
+    async def list(self, labels: Mapping[str, str], keep: Callable[[Lease], bool] = lambda _lease: True) -> LeaseList:
         answer = await self._call("list", labels=dict(labels))
-        return LeaseList(tuple(unpack(item) for item in answer["items"]), answer["version"])
+        return LeaseList(tuple(filter(keep, map(unpack, answer["items"]))), answer["version"])
 
     async def create(self, lease: Lease) -> Lease:
         return unpack(await self._call("create", lease=pack(lease)))

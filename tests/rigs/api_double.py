@@ -62,11 +62,19 @@ class ApiDouble:
         self.answered.put_nowait(call)
         return answer
 
-    async def list(
-        self, path: str, *, resource: str, params: Mapping[str, str] | None = None, timeout: float = 5.0
-    ) -> dict[str, Any]:
+    async def pages(
+        self,
+        path: str,
+        *,
+        resource: str,
+        params: Mapping[str, str] | None = None,
+        size: int = 50,
+        timeout: float = 5.0,
+    ) -> AsyncGenerator[dict[str, Any], None]:
         await self.request("list", path, resource=resource, params=params)
-        return {"metadata": {"resourceVersion": str(len(self.of("list")))}, "items": self.items}
+        version = str(len(self.of("list")))
+        for first in range(0, max(1, len(self.items)), size):
+            yield {"metadata": {"resourceVersion": version}, "items": self.items[first : first + size]}
 
     async def watch(
         self, path: str, *, resource: str, params: Mapping[str, str] | None = None, timeout: float = 300.0

@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from usbip_plugin.config.schema import DEFAULT_LOCK_DURATION_S
-from usbip_plugin.kube.client import LIST_PAGE
 from usbip_plugin.kube.node_status import KUBELET_SYNC_S, spread
+from usbip_plugin.kube.paging import LIST_PAGE
 from usbip_plugin.locks.session import BEAT_FRACTION
 from usbip_plugin.usbip.poller import POLL_INTERVAL, share
 

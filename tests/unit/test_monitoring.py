@@ -134,6 +134,7 @@ def test_the_dashboard_shows_every_metric_that_is_not_only_for_users_of_the_go_p
         "usbip_device_plugin_config_last_reload_success_timestamp_seconds",
         "usbip_device_plugin_config_reloads_total",
         "usbip_device_plugin_locks_held",
+        "usbip_device_plugin_locks_ignored",
         "usbip_device_plugin_registered",
         "usbip_device_plugin_restarts_total",
         "usbip_device_plugin_trace_export_failures_total",

@@ -24,10 +24,12 @@ from usbip_plugin.kube.fleet import Fleet
 from usbip_plugin.locks.manager import LockManager
 from usbip_plugin.locks.watch import LockChange
 from usbip_plugin.model import DeviceKey, Health
-from usbip_plugin.sync import start_task
+from usbip_plugin.sync import done_within, start_task
 from usbip_plugin.usbip.poller import ServerPoller, ServerView
 from usbip_plugin.vhci.driver import VhciDriver
 
+LOCKS_WAIT = 5.0
+"""Longest time in seconds for which new servers wait for their locks. Then they are polled without them."""
 FORGET_INTERVAL = 3600.0
 """Seconds between two evaluations, without any change, that find the devices to forget."""
 
@@ -75,6 +77,7 @@ class Inventory:
         self._scheduled = False
         self._due: set[str] | None = None
         self._tasks: asyncio.TaskGroup | None = None
+        locks.follow(config.servers())
         poller.set_servers(config.servers())
         poller.subscribe(self._server_changed)
         claims.subscribe(self._claim_changed)
@@ -180,8 +183,21 @@ class Inventory:
         """Applies a new configuration. Held devices stay offered, as they were configured, until they are released."""
         self._former.update({resource.name: resource for resource in self.config.resources})
         self.config = config
-        self._poller.set_servers(config.servers())
+        servers, polled = config.servers(), self._poller.views.keys()
+        self._locks.follow(servers)
+        if servers <= polled or self._tasks is None:
+            self._poller.set_servers(servers)
+        else:
+            self._poller.set_servers(servers & polled)
+            self.spawn(self._add_servers())
         self.invalidate()
+
+    async def _add_servers(self) -> None:
+        """Polls new servers as soon as their locks are known, so that no locked device is offered."""
+        servers = self.config.servers()
+        await done_within(self._clock, LOCKS_WAIT, self._locks.followed(servers))
+        if servers == self.config.servers():  # else a later configuration has its own task
+            self._poller.set_servers(servers)
 
     def invalidate(self, device_id: str | None = None) -> None:
         """Schedules an evaluation for the next turn of the event loop.

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import yaml
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt, wait_exponential
 
-from usbip_plugin.clock import Clock, Jitter, SystemClock
-from usbip_plugin.errors import ConfigError, KubeError, KubeServerError, KubeThrottled, KubeUnreachable
-from usbip_plugin.kube import lazy_imports
-from usbip_plugin.kube.responses import decoded, event_of, lines, refusal, whole
+from usbip_plugin.clock import Clock, SystemClock
+from usbip_plugin.errors import ConfigError, KubeError, KubeUnreachable
+from usbip_plugin.kube import lazy_imports, paging
+from usbip_plugin.kube.responses import MAX_BODY_BYTES, decoded, event_of, lines, refusal, whole
 
 lazy_imports.make_imports_lazy()
 
@@ -42,9 +41,8 @@ WATCH_SERVER_TIMEOUT_S = 300
 WATCH_SPREAD = 2.0
 # Seconds between two reads of a token file. The kubelet rotates the token long before it expires.
 TOKEN_PERIOD_S = 60.0
-# Objects in one page of a list, and pages of one list at most.
-LIST_PAGE = 500
-MAX_PAGES = 200
+# Bytes of a list after which on_large_list is called.
+LARGE_LIST_BYTES = 4 << 20
 # TCP keepalive: seconds before the first probe, seconds between probes, number of probes. An idle watch fails
 # 10 + 3 * 5 s after its peer has vanished.
 KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_COUNT = 10, 5, 3
@@ -86,13 +84,22 @@ class Api(Protocol):
         The API server may still carry out a write that was cancelled or got no answer.
         """
 
-    async def list(
-        self, path: str, *, resource: str, params: Params | None = None, timeout: float = LIST_TIMEOUT_S
-    ) -> dict[str, Any]:
-        """Returns a whole collection, {"metadata": ..., "items": [...]}, at one resourceVersion.
+    def pages(
+        self,
+        path: str,
+        *,
+        resource: str,
+        params: Params | None = None,
+        size: int = paging.LIST_PAGE,
+        timeout: float = LIST_TIMEOUT_S,
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        """Yields a collection in pages, {"metadata": {...}, "items": [...]}, all of them at one resourceVersion.
 
+        The caller keeps of a page what it needs before it takes the next one, and closes pages that it leaves early.
+
+        size: objects in one page at most; fewer if they are long.
         timeout: seconds for each page.
-        Raises KubeServerError if there are more than MAX_PAGES pages.
+        Raises KubeServerError if there are more than paging.MAX_PAGES pages.
         """
 
     def watch(
@@ -108,7 +115,10 @@ class Api(Protocol):
 
 
 class KubeClient:
-    """Client of one API server. connect() makes it."""
+    """Client of one API server. connect() makes it.
+
+    on_large_list: called after a list of more than LARGE_LIST_BYTES; must not raise.
+    """
 
     def __init__(
         self,
@@ -133,6 +143,7 @@ class KubeClient:
         self._token_read = clock.monotonic()
         self._clock = clock
         self._on_error = on_error or (lambda _error: None)
+        self.on_large_list: Callable[[], None] = lambda: None
         self._rng = rng or random.Random()  # noqa: S311 - jitter only
 
     async def close(self) -> None:
@@ -149,30 +160,40 @@ class KubeClient:
         body: Any = None,
         timeout: float = REQUEST_TIMEOUT_S,
     ) -> dict[str, Any]:
-        with self._reported(), _translated(verb, resource):
-            async with self._clock.timeout(timeout):
-                response = await self._send(verb, path, resource, params, body, timeout)
-                async with response:
-                    data = await whole(response.content.iter_any(), verb, resource)
-            return decoded(data, verb, resource)
+        with self._reported():
+            return decoded(await self._body(verb, path, resource, params, body, timeout), verb, resource)
 
     async def list(
         self, path: str, *, resource: str, params: Params | None = None, timeout: float = LIST_TIMEOUT_S
     ) -> dict[str, Any]:
+        """Returns a whole collection, {"metadata": ..., "items": [...]}: all pages() in memory at once."""
         items: list[Any] = []
-        query = {"limit": str(LIST_PAGE), **(params or {})}
-        for _ in range(MAX_PAGES):
-            page = await self.request("list", path, resource=resource, params=query, timeout=timeout)
-            metadata = page.get("metadata")
-            found = page.get("items") or []
-            if not isinstance(metadata, dict) or not isinstance(found, list):
-                raise KubeServerError("list", resource, "the answer is not a list")
-            items += found
-            token = metadata.get("continue")
-            if not token:
-                return {**page, "items": items}
-            query = {**query, "continue": str(token)}
-        raise KubeServerError("list", resource, f"the list has more than {MAX_PAGES} pages")
+        page: dict[str, Any] = {}
+        async for page in self.pages(path, resource=resource, params=params, timeout=timeout):
+            items += page["items"]
+        return {**page, "items": items}
+
+    async def pages(
+        self,
+        path: str,
+        *,
+        resource: str,
+        params: Params | None = None,
+        size: int = paging.LIST_PAGE,
+        timeout: float = LIST_TIMEOUT_S,
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        async def fetch(page: Params, most: int) -> bytes:
+            return await self._body("list", path, resource, {**(params or {}), **page}, None, timeout, most)
+
+        read = 0
+        with self._reported():
+            async with contextlib.aclosing(paging.pages(fetch, resource, size)) as found:
+                async for page, length in found:
+                    read += length
+                    yield page
+                    del page
+        if read > LARGE_LIST_BYTES:
+            self.on_large_list()
 
     async def watch(
         self, path: str, *, resource: str, params: Params | None = None, timeout: float = WATCH_SERVER_TIMEOUT_S
@@ -190,6 +211,23 @@ class KubeClient:
                 _keep_alive(response)
                 async for line in lines(response.content.iter_any(), resource):
                     yield event_of(line, resource)
+
+    async def _body(
+        self,
+        verb: str,
+        path: str,
+        resource: str,
+        params: Params | None,
+        body: Any,
+        timeout: float,
+        most: int = MAX_BODY_BYTES,
+    ) -> bytes:
+        """Sends a request and returns the body of its answer, of at most so many bytes."""
+        with _translated(verb, resource):
+            async with self._clock.timeout(timeout):
+                response = await self._send(verb, path, resource, params, body, timeout)
+                async with response:
+                    return await whole(response.content.iter_any(), verb, resource, most)
 
     @contextlib.contextmanager
     def _reported(self) -> Iterator[None]:
@@ -209,7 +247,8 @@ class KubeClient:
 
         async def sent() -> aiohttp.ClientResponse:
             kind = "application/merge-patch+json" if verb == "patch" else "application/json"
-            headers = {"Accept": "application/json", "Content-Type": kind}
+            # not compressed: a short answer could be unpacked to a long one before its length is known
+            headers = {"Accept": "application/json", "Accept-Encoding": "identity", "Content-Type": kind}
             if self._authorization:
                 headers["Authorization"] = self._authorization
             response: aiohttp.ClientResponse = await self._rest.request(
@@ -365,32 +404,3 @@ def _keep_alive(response: aiohttp.ClientResponse) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_COUNT)
-
-
-# Requests for one write at most, and the seconds before the second and, at most, before a later one, without jitter.
-API_WRITE_ATTEMPTS = 4
-API_WRITE_FIRST_WAIT = 0.05
-API_WRITE_MAX_WAIT = 1.0
-
-
-class _ApiWriteWait(wait_exponential):
-    """The tenacity wait of api_write(): exponential, and not shorter than the API server asks (Retry-After)."""
-
-    def __call__(self, retry_state: RetryCallState) -> float:
-        error = retry_state.outcome.exception() if retry_state.outcome is not None else None
-        asked = error.retry_after or 0.0 if isinstance(error, KubeThrottled) else 0.0
-        return max(super().__call__(retry_state), min(asked, API_WRITE_MAX_WAIT))
-
-
-def api_write(clock: Clock, rng: random.Random) -> AsyncRetrying:
-    """Returns the retries of one write to the API server: again if it is unreachable or answers 429 or 5xx.
-
-    The caller must bound the time of all requests together.
-    """
-    return AsyncRetrying(
-        retry=retry_if_exception_type((KubeUnreachable, KubeThrottled, KubeServerError)),
-        stop=stop_after_attempt(API_WRITE_ATTEMPTS),
-        wait=_ApiWriteWait(API_WRITE_FIRST_WAIT, API_WRITE_MAX_WAIT) + Jitter(rng, API_WRITE_FIRST_WAIT),
-        sleep=clock.sleep,
-        reraise=True,
-    )

@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 
 from usbip_plugin.clock import Clock
 from usbip_plugin.errors import KubeConflict, KubeError
-from usbip_plugin.kube.client import Api, api_write
+from usbip_plugin.kube.client import Api
+from usbip_plugin.kube.retry import api_write
 from usbip_plugin.model import NodeIdentity, PodRef
 from usbip_plugin.observe.redaction import redacted
 

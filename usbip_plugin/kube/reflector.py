@@ -33,6 +33,8 @@ class Reflector(ABC, Generic[E]):
     def __init__(self, resource: str, clock: Clock, rng: random.Random, retry: tuple[float, float]) -> None:
         self._resource, self._clock, self._rng, self._retry = resource, clock, rng, retry
         self._scope: asyncio.Timeout | None = None
+        self._list_again = False
+        """Whether relist() was called since the last list was requested."""
         self._suspect = False
         """Whether the last watch has neither brought an event nor been open for SETTLE_S."""
         self._failure: type[KubeError] | None = None
@@ -71,10 +73,11 @@ class Reflector(ABC, Generic[E]):
             started = self._clock.monotonic()
             try:
                 if version is None:
+                    self._list_again = False
                     version = await self._list()
                     if not self._suspect:
                         self._current()
-                version = await self._follow(version)
+                version = await self._follow(version) if not self._list_again else None
             except KubeGone:
                 log.debug("watch too old, listing again", extra={"collection": self._resource})
                 version = None
@@ -89,7 +92,8 @@ class Reflector(ABC, Generic[E]):
                 await self._clock.sleep(next(waits))
 
     def relist(self) -> None:
-        """Ends the open watch, which may be dead, so that run() lists again. Does nothing if no watch is open."""
+        """Makes run() list again. Ends the open watch, which may be dead."""
+        self._list_again = True
         if self._scope is not None:
             self._scope.reschedule(asyncio.get_running_loop().time())
             self._scope = None

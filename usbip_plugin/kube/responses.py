@@ -15,14 +15,15 @@ from usbip_plugin.errors import (
     KubeNotFound,
     KubeServerError,
     KubeThrottled,
+    KubeTooLong,
     KubeUnauthorized,
 )
 from usbip_plugin.observe.redaction import redacted
 
 # Bytes of one watch event. etcd refuses objects beyond 1.5 MiB, so the API server itself sends no longer event.
 MAX_EVENT_BYTES = 4 << 20
-# Bytes of one answer.
-MAX_BODY_BYTES = 64 << 20
+# Bytes of one answer. An object has 1.5 MiB at most in etcd; as JSON, and decoded, it takes a multiple of that.
+MAX_BODY_BYTES = 8 << 20
 # Characters of an error's message.
 MAX_MESSAGE = 500
 # Bytes that are read from the body of a refusal; the rest is ignored.
@@ -36,14 +37,14 @@ def mapping(value: object) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-async def whole(parts: AsyncIterable[bytes], verb: str, resource: str) -> bytes:
-    """Returns the body of an answer. Raises KubeServerError as soon as it exceeds MAX_BODY_BYTES."""
+async def whole(parts: AsyncIterable[bytes], verb: str, resource: str, most: int = MAX_BODY_BYTES) -> bytes:
+    """Returns the body of an answer. Raises KubeTooLong as soon as it has more than so many bytes."""
     read: list[bytes] = []
     size = 0
     async for part in parts:
         size += len(part)
-        if size > MAX_BODY_BYTES:
-            raise KubeServerError(verb, resource, f"the answer is longer than {MAX_BODY_BYTES} bytes")
+        if size > most:
+            raise KubeTooLong(verb, resource, f"the answer is longer than {most} bytes")
         read.append(part)
     return b"".join(read)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -21,7 +21,7 @@ _NAME = re.compile("[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
 MAX_NAME = 253  # name and uid, as in Kubernetes
 MAX_VERSION = 64  # resourceVersion
 MAX_HOLDER = 512  # a longer holder is cut; longer than any node's name, so that a cut holder is never a node's name
-MAX_NOTES = 16 * 1024  # keys and values of all annotations together, and of all labels together
+MAX_NOTES = 2 * 1024  # keys and values of all annotations together, and of all labels together; our own have 1.7 KiB
 MAX_OWN_NOTE = 1024  # longest value of this project's annotations that is kept in preference to those of others
 MAX_MORE_SPEC = 1024  # fields of spec that this version does not know, as JSON; longer ones are dropped by a write
 _SPEC = frozenset({"holderIdentity", "leaseDurationSeconds", "acquireTime", "renewTime", "leaseTransitions"})
@@ -49,10 +49,15 @@ class KubernetesLeases:
         except KubeNotFound:
             return None
 
-    async def list(self, labels: Mapping[str, str]) -> LeaseList:
-        answer = await self._client.list(self._base, resource=RESOURCE, params={"labelSelector": selector(labels)})
-        items = tuple(decode(item) for item in answer["items"] if isinstance(item, dict))
-        return LeaseList(items, _version(answer))
+    async def list(self, labels: Mapping[str, str], keep: Callable[[Lease], bool] = lambda _lease: True) -> LeaseList:
+        kept: list[Lease] = []
+        version = ""
+        listed = self._client.pages(self._base, resource=RESOURCE, params={"labelSelector": selector(labels)})
+        async with contextlib.aclosing(listed) as pages:
+            async for page in pages:
+                version = _version(page)
+                kept += filter(keep, (decode(item) for item in page["items"] if isinstance(item, dict)))
+        return LeaseList(tuple(kept), version)
 
     async def create(self, lease: Lease) -> Lease:
         body = encode(lease, self._namespace)

@@ -5,6 +5,7 @@ What follows from the times in Leases is right only as far as the clocks of thei
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -39,13 +40,19 @@ class LockedDevice:
         return f"{self.lock.server}/{self.lock.busid}" if self.lock.server and self.lock.busid else None
 
 
-async def known_devices(store: LeaseStore) -> tuple[LockedDevice, ...]:
+async def known_devices(
+    store: LeaseStore, keep: Callable[[Lease], bool] = lambda _lease: True
+) -> tuple[LockedDevice, ...]:
     """Returns every device that was ever locked, sorted by device. Raises KubeError if the Leases cannot be read.
 
     lock_of() makes all texts printable and short, whoever wrote them. Leases with other names than locks are left out.
+
+    keep: whether a lock is of interest.
     """
-    locks = await store.list(LOCK_LABELS)
-    sessions = {lease.name: lease for lease in (await store.list(SESSION_LABELS)).items}
+    locks = await store.list(LOCK_LABELS, keep)
+    holders = {session_name(lease.holder) for lease in locks.items if lease.holder}
+    listed = await store.list(SESSION_LABELS, lambda lease: lease.name in holders)
+    sessions = {lease.name: lease for lease in listed.items}
     found = [
         LockedDevice(lease, lock_of(lease), sessions.get(session_name(lease.holder)) if lease.holder else None)
         for lease in locks.items

@@ -17,12 +17,13 @@ from usbip_plugin.clock import Clock
 from usbip_plugin.config.schema import DEFAULT_LOCK_DURATION_S, IMPORT_WINDOW_S
 from usbip_plugin.errors import LockError, LockHeld, LockLost, LockUnavailable
 from usbip_plugin.locks import protocol, record
+from usbip_plugin.locks.kept import IgnoredLocks, LockFilter
 from usbip_plugin.locks.protocol import Decision, Denied, LockMeta, LockStatus, Rules, Write
 from usbip_plugin.locks.record import Lease, LeaseStore
 from usbip_plugin.locks.session import ExpiryWatch, Session
 from usbip_plugin.locks.watch import ApiReachability, ApiState, LockCache, LockChange, LockWatcher, WatchedStore
 from usbip_plugin.locks.writer import AcknowledgedWrite, WriteAttempts, Writer
-from usbip_plugin.model import DeviceKey, Endpoint, Identity, Lock, NodeIdentity, PodRef, UsbId
+from usbip_plugin.model import DeviceKey, Endpoint, Identity, Lock, NodeIdentity, PodRef, ServerKey, UsbId
 from usbip_plugin.observe.spans import device_attributes, span
 
 logger = logging.getLogger(__name__)
@@ -80,12 +81,14 @@ class LockManager:
     run() must be running: it keeps `locks` current, writes heartbeats and observes the expiry of other nodes' locks.
     Every operation may be cancelled. A cancelled operation may still have taken effect; release() undoes it.
 
-    locks: the newest known record of each lock, held or released, by device ID; live and read-only.
+    locks: the newest known record of each lock, held or released, by device ID; live and read-only. Without locks of
+        other servers than those of follow(), and bounded, see locks/kept.py.
     rules: the lock rules, with which callers check during an import whether it may go on (R1).
     ready: set once the locks have been read.
     is_listed(key): asks the device's server, right before a takeover, whether it lists the device as free (R3, R4):
         `expiry` may be stale if this process was suspended. With None, `expiry` alone decides.
     on_acquire(result, seconds): called at the end of each acquire().
+    is_claimed(device_id): whether the node has a claim on the device, so that its lock is kept in `locks`.
     """
 
     def __init__(
@@ -99,6 +102,7 @@ class LockManager:
         rules: Rules | None = None,
         is_listed: Callable[[DeviceKey], Awaitable[bool]] | None = None,
         on_acquire: Callable[[Acquired, float], None] = lambda _result, _seconds: None,
+        is_claimed: Callable[[str], bool] = lambda _device_id: False,
     ) -> None:
         self._me, self._clock, self._tracer = me, clock, tracer
         self.settings, self.rules = settings, rules or Rules()
@@ -108,7 +112,7 @@ class LockManager:
         self._api_subscribers: list[Callable[[ApiState], None]] = []
         self._reachability = ApiReachability(clock, self._api_changed)
         watched = WatchedStore(store, self._reachability)
-        self._view = LockCache(self._changed)
+        self._view = LockCache(self._changed, LockFilter(me.node, is_claimed))
         self.locks: Mapping[str, Lock] = self._view.locks
         self._writer = Writer(watched, self._view, me, clock, rng, settings.duration, tracer, self._update_session)
         self.session = Session(watched, self._writer.new_write, clock, rng, settings.duration, self.rules)
@@ -136,6 +140,21 @@ class LockManager:
     @property
     def api(self) -> ApiState:
         return self._reachability.state
+
+    @property
+    def ignored(self) -> IgnoredLocks:
+        """Returns the numbers of the locks that `locks` leaves out."""
+        return self._view.ignored
+
+    def follow(self, servers: frozenset[ServerKey]) -> None:
+        """Sets the servers whose locks are kept. If there are new ones, lists the locks again."""
+        before, self._view.kept.servers = self._view.kept.servers, servers
+        if before is not None and servers - before:
+            self._watcher.relist()
+
+    async def followed(self, servers: frozenset[ServerKey]) -> None:
+        """Waits until a list has brought the locks of these servers, of which follow() was told. Cancel-safe."""
+        await self._watcher.listed.until(lambda: (covered := self._watcher.covered) is None or servers <= covered)
 
     def mine(self) -> tuple[Lock, ...]:
         """Returns the locks that name this node, also under an earlier boot, in the order of their IDs.

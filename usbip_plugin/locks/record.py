@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 import hashlib
 import re
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from types import MappingProxyType
@@ -71,7 +71,7 @@ class LeaseChange:
 
 @dataclass(frozen=True, slots=True)
 class LeaseList:
-    """Leases at one moment. resource_version: the version of the list, from which a watch can continue."""
+    """Leases at one moment, those that the caller wanted. resource_version: from which a watch can continue."""
 
     items: tuple[Lease, ...]
     resource_version: str
@@ -85,8 +85,11 @@ class LeaseStore(Protocol):
 
     async def get(self, name: str) -> Lease | None: ...
 
-    async def list(self, labels: Mapping[str, str]) -> LeaseList:
-        """Returns the Leases that have all these labels."""
+    async def list(self, labels: Mapping[str, str], keep: Callable[[Lease], bool] = lambda _lease: True) -> LeaseList:
+        """Returns the Leases that have all these labels, without those for which keep() returns False.
+
+        Calls keep() once for each Lease, in the order of their names. The others are never all in memory at once.
+        """
 
     async def create(self, lease: Lease) -> Lease:
         """Creates the Lease and returns it as stored. Raises KubeConflict if the name exists."""
@@ -210,6 +213,12 @@ def lock_of(lease: Lease) -> Lock:
         failed_epoch=int(failed) if (failed := _match(_EPOCH, notes.get(FAILED_EPOCH))) is not None else None,
         import_from=import_from_of(lease),
     )
+
+
+def server_of(lease: Lease) -> ServerKey | None:
+    """Returns the server of a lock's device, or None if its annotations are invalid or do not hash to its name."""
+    key = _key_of(lease.name, _text(lease.annotations.get(SERVER)), _text(lease.annotations.get(BUSID)))
+    return key.server if key is not None else None
 
 
 def holder_text(holder: str) -> str:

@@ -16,8 +16,10 @@ from usbip_plugin.clock import Clock
 from usbip_plugin.errors import KubeError, KubeServerError, KubeUnauthorized, KubeUnreachable
 from usbip_plugin.kube.reflector import Reflector
 from usbip_plugin.locks import record
+from usbip_plugin.locks.kept import IgnoredLocks, LockCounts, LockFilter, LockListing, Verdict
 from usbip_plugin.locks.record import ChangeType, Lease, LeaseChange, LeaseList, LeaseStore
-from usbip_plugin.model import Lock
+from usbip_plugin.model import Lock, ServerKey
+from usbip_plugin.sync import Broadcast
 
 T = TypeVar("T")
 
@@ -93,8 +95,8 @@ class WatchedStore:
     async def get(self, name: str) -> Lease | None:
         return await self._reported(self._store.get(name))
 
-    async def list(self, labels: Mapping[str, str]) -> LeaseList:
-        return await self._reported(self._store.list(labels))
+    async def list(self, labels: Mapping[str, str], keep: Callable[[Lease], bool] = lambda _lease: True) -> LeaseList:
+        return await self._reported(self._store.list(labels, keep))
 
     async def create(self, lease: Lease) -> Lease:
         return await self._reported(self._store.create(lease))
@@ -166,11 +168,17 @@ class LockCache:
 
     locks: the records as locks, by device ID; live and read-only.
     doubtful: devices whose record may be older or newer than the last list. A read that is sent now settles it.
+    ignored: the locks that are left out.
     on_change: called once for each change of a record, in order, from within the call that brought it.
+    kept: decides which locks are left out. What an own call has shown never is.
     """
 
-    def __init__(self, on_change: Callable[[LockChange], None]) -> None:
+    def __init__(self, on_change: Callable[[LockChange], None], kept: LockFilter | None = None) -> None:
         self._on_change = on_change
+        self.kept = kept or LockFilter()
+        self._counts = LockCounts()
+        self._listing = LockListing(self.kept)  # the one under way, or the last one
+        self.ignored = IgnoredLocks()
         self._shown: dict[str, Lease] = {}  # by list and watch
         self._ahead: dict[str, Lease | None] = {}  # by answers that the watch has not brought yet; None: no Lease
         self._calls: dict[str, OwnCall] = {}
@@ -210,8 +218,8 @@ class LockCache:
             pass  # list and watch have shown it, and perhaps a newer one
         elif shown is not None:
             self._ahead[device_id] = lease
-        elif lease is not None:  # created just now, or without the label by which list and watch find it
-            self._shown[device_id] = lease
+        else:  # created just now, or not shown because it is left out or has no label
+            self._show(device_id, lease)
         self._report(device_id, before)
         return True
 
@@ -222,6 +230,11 @@ class LockCache:
             return
         self._recent.append(change.resource_version)
         device_id, before = lease.name, self.lease(lease.name)
+        if not self._is_known(device_id):
+            verdict = self.kept.verdict(lease, self._counts, known=False)
+            if verdict is not Verdict.KEEP:
+                self._ignore(verdict, change.type)
+                return
         shown = self._show(device_id, None if change.type is ChangeType.DELETED else lease)
         if device_id in self._calls:
             self._calls[device_id].passed.append(shown)
@@ -234,31 +247,54 @@ class LockCache:
             self.doubtful.discard(device_id)
         self._report(device_id, before)
 
-    def begin_list(self) -> None:
-        """To be called right before a list is requested."""
+    def begin_list(self) -> Callable[[Lease], bool]:
+        """To be called right before a list is requested. Returns whether to keep a Lease of the list."""
         self._answered.clear()
+        listing = self._listing = LockListing(self.kept, self._counts, self._shown.__contains__)
+
+        def keep(lease: Lease) -> bool:
+            return lease.name in self._ahead or lease.name in self._calls or listing.keep(lease)
+
+        return keep
 
     def reset(self, listing: LeaseList) -> None:
-        """Replaces the cache by a full list: the truth for every record whose last answer came before its request."""
-        listed = {lease.name: lease for lease in listing.items if record.is_lock_name(lease.name)}
-        for device_id in dict.fromkeys((*self._shown, *self._ahead, *listed)):
+        """Replaces the cache by a full list: the truth for every record whose last answer came before its request.
+
+        listing: with the Leases only that begin_list() has kept.
+        """
+        listed = {lease.name: lease for lease in listing.items}
+        for device_id in dict.fromkeys((*self._shown, *self._ahead, *self._answered, *listed)):
             before, lease = self.lease(device_id), self._show(device_id, listed.get(device_id))
-            ahead = device_id in self._ahead and _version_of(self._ahead[device_id]) != _version_of(lease)
-            if ahead and device_id in self._answered:
+            if device_id in self._answered and _version_of(before) != _version_of(lease):
+                self._ahead[device_id] = before
                 self.doubtful.add(device_id)
             else:
                 self._ahead.pop(device_id, None)
                 self.doubtful.discard(device_id)
             self._report(device_id, before)
+        self.ignored = self._listing.ignored
         for device_id, call in self._calls.items():
             call.passed.append(self._shown.get(device_id))
             call.listed = True
         self._recent.clear()
 
-    def _show(self, device_id: str, lease: Lease | None) -> Lease | None:
-        if lease is None:
-            self._shown.pop(device_id, None)
+    def _is_known(self, device_id: str) -> bool:
+        return device_id in self._shown or device_id in self._ahead or device_id in self._calls
+
+    def _ignore(self, verdict: Verdict, change: ChangeType) -> None:
+        by = {ChangeType.ADDED: 1, ChangeType.DELETED: -1}.get(change, 0)
+        foreign, excess = self.ignored.foreign, self.ignored.excess
+        if verdict is Verdict.FOREIGN:
+            self.ignored = IgnoredLocks(max(0, foreign + by), excess)
         else:
+            self.ignored = IgnoredLocks(foreign, max(0, excess + by))
+
+    def _show(self, device_id: str, lease: Lease | None) -> Lease | None:
+        old = self._shown.pop(device_id, None) if lease is None else self._shown.get(device_id)
+        if old is not None:
+            self._counts.add(old, -1)
+        if lease is not None:
+            self._counts.add(lease)
             self._shown[device_id] = lease
         return lease
 
@@ -285,6 +321,8 @@ RETRY_S = (0.2, 5.0)
 class LockWatcher(Reflector[LeaseChange]):
     """Keeps a LockCache current, and reports each watch's outcome. Sets ready after the first list.
 
+    covered: the servers whose locks the last list has brought; None for all.
+    listed: fires after each list.
     settle(device_id): reads the lock of a device that is in the cache's `doubtful`. Raises KubeError.
     """
 
@@ -300,21 +338,35 @@ class LockWatcher(Reflector[LeaseChange]):
     ) -> None:
         super().__init__("leases.coordination.k8s.io", clock, rng, RETRY_S)
         self._store, self._view, self._contact, self._ready, self._settle = store, view, contact, ready, settle
+        self.covered: frozenset[ServerKey] | None = frozenset()
+        self.listed = Broadcast()
+        self._warned = False
 
     async def _list(self) -> str:
-        self._view.begin_list()
-        listing = await self._store.list(record.LOCK_LABELS)
+        servers = self._view.kept.servers
+        listing = await self._store.list(record.LOCK_LABELS, self._view.begin_list())
         self._view.reset(listing)
+        self.covered = servers
         self._ready.set()
+        self.listed.fire()
+        self._warned = self._warned and self._view.ignored.excess > 0
+        self._warn_of_excess()
         for device_id in sorted(self._view.doubtful):
             await self._settle(device_id)
         return listing.resource_version
+
+    def _warn_of_excess(self) -> None:
+        ignored = self._view.ignored.excess
+        if ignored and not self._warned:
+            self._warned = True
+            logger.warning("too many locks, some ignored", extra={"ignored": ignored, "kept": len(self._view.locks)})
 
     def _watch(self, version: str) -> AsyncGenerator[LeaseChange, None]:
         return self._store.watch(record.LOCK_LABELS, version)
 
     def apply(self, event: LeaseChange) -> str:
         self._view.apply(event)
+        self._warn_of_excess()
         return event.resource_version
 
     def _up(self) -> None:

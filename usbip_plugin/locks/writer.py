@@ -10,7 +10,7 @@ from opentelemetry.trace import SpanKind, Tracer
 
 from usbip_plugin.clock import Clock
 from usbip_plugin.errors import KubeConflict, KubeError, KubeNotFound, LockUnavailable
-from usbip_plugin.kube import client
+from usbip_plugin.kube.retry import api_write
 from usbip_plugin.locks import protocol, record
 from usbip_plugin.locks.protocol import Create, Decision, Denied, Replace, Write
 from usbip_plugin.locks.record import Lease, LeaseStore
@@ -83,7 +83,7 @@ class Writer:
         """
         attempts = attempts or WriteAttempts()
         try:
-            async for attempt in client.api_write(self._clock, self._rng):
+            async for attempt in api_write(self._clock, self._rng):
                 with attempt:
                     again = attempt.retry_state.attempt_number > 1
                     return await self._rounds(key, decide, attempts, again=again)

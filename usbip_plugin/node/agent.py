@@ -130,6 +130,7 @@ class Agent:
             lock_rules,
             self.poller.is_exported,
             observer.on_acquire,
+            is_claimed=lambda device_id: device_id in self.claims.view,
         )
         self.inventory = Inventory(
             context,

@@ -20,6 +20,7 @@ from usbip_plugin.config.schema import Config, OnLoss
 from usbip_plugin.config.selectors import Match, matches
 from usbip_plugin.errors import ConfigError, KubeError, KubeForbidden, KubeUnreachable, PluginError, UsbipError
 from usbip_plugin.kube.client import Api, connect
+from usbip_plugin.locks.kept import MAX_KEPT, IgnoredLocks, LockFilter, LockListing
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.locks.locked_devices import is_attached, known_devices
 from usbip_plugin.locks.record import LOCK_LABELS, LeaseStore
@@ -228,9 +229,15 @@ async def lists_check(
     devlist: Callable[[ServerKey], Awaitable[DeviceList]],
     now: datetime,
 ) -> list[Finding]:
-    """Checks that no server lists a device that a living node has attached. Servers without an answer are left out."""
+    """Checks that no server lists a device that a living node has attached. Servers without an answer are left out.
+
+    Also checks that the plugin keeps all locks of these servers in memory.
+    """
+    kept = LockFilter()
+    kept.servers = servers
+    listing = LockListing(kept)
     try:
-        devices = await known_devices(store)
+        devices = await known_devices(store, listing.keep)
     except KubeError:
         return []  # api_check reports it
     attached: dict[ServerKey, dict[str, str]] = {}
@@ -248,10 +255,23 @@ async def lists_check(
     found = dict(zip(attached, await asyncio.gather(*map(listed_in_use, attached)), strict=True))
     cure = "its list ends no lock: if a node dies with a device, run usbip-plugin release DEVICE --force"
     return [
-        Finding(f"server {server}", Outcome.WARN, "\n".join(lines), cure)
-        for server, lines in sorted(found.items())
-        if lines
+        *locks_findings(len(devices), listing.ignored),
+        *(
+            Finding(f"server {server}", Outcome.WARN, "\n".join(lines), cure)
+            for server, lines in sorted(found.items())
+            if lines
+        ),
     ]
+
+
+def locks_findings(kept: int, ignored: IgnoredLocks) -> list[Finding]:
+    """Checks the number of locks. A few of other servers are normal: nothing removes the locks of a former server."""
+    if not ignored.excess and ignored.foreign <= MAX_KEPT:
+        return []
+    lines = [f"too many: {ignored.foreign} of servers that the configuration does not name"] if ignored.foreign else []
+    if ignored.excess:
+        lines += [f"{ignored.excess} of configured servers are ignored, {kept} are kept"]
+    return [Finding("locks", Outcome.WARN, "\n".join(lines), "list and remove them: usbip-plugin prune")]
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ from usbip_plugin.kubelet.registration import PluginDirectory
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.model import NodeIdentity
 from usbip_plugin.node.agent import Agent, AgentDependencies
-from usbip_plugin.node.memory import small_tls_buffers, trim_after_start
+from usbip_plugin.node.memory import small_tls_buffers, trim_after_start, trim_heap
 from usbip_plugin.node.metrics import AgentMetrics, DropCounts
 from usbip_plugin.node.status import config_failed, config_loaded, status_of
 from usbip_plugin.observe.http import Heartbeat, HttpServer, Site, Verdict, standard_pages
@@ -90,6 +90,7 @@ async def run(options: Options, loaded: LoadedConfig, make_driver: MakeDriver) -
     metrics = Metrics()
     agent_metrics = AgentMetrics(metrics, clock, domain=options.domain, node=options.node)
     kube = await connect(options.kubeconfig, clock=clock, on_error=agent_metrics.api_error)
+    kube.on_large_list = trim_heap
     tracing = Tracing(options.node, version=__version__)
     client = TcpUsbipClient(clock)
     try:

@@ -76,6 +76,13 @@ def gc_paused() -> Iterator[None]:
         gc.enable()
 
 
+def trim_heap() -> None:
+    """Gives freed memory back to the system, as after a long list. Takes milliseconds. Only glibc has it."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)
+
+
 def trim_after_start() -> None:
     """Releases the memory that only the start needed. To be called once, when the start is over; takes 50 ms.
 
@@ -85,7 +92,5 @@ def trim_after_start() -> None:
     gc.unfreeze()
     gc.collect()
     gc.freeze()
-    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if malloc_trim is not None:  # glibc has it; it frees a megabyte or more after a start with many resources
-        malloc_trim(0)
+    trim_heap()  # a megabyte or more after a start with many resources
     drop_clean_pages()

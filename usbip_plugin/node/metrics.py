@@ -219,6 +219,10 @@ class AgentMetrics:
             ports_free={"hs": driver.free_hs, "ss": driver.free_ss} if loaded else {},
             claims={state.value.lower(): claims[state] for state in ClaimState if state is not ClaimState.FREE},
             locks_held=held,
+            locks_ignored={
+                "other_server": agent.locks.ignored.foreign,
+                "too_many": agent.locks.ignored.excess,
+            },
             lock_duration=agent.locks.settings.duration,
             session_age=self._clock.monotonic() - beat if held and beat is not None else None,
             api_reachable=agent.locks.api.reachable,

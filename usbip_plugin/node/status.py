@@ -116,6 +116,8 @@ def _locks(agent: Agent, now: float) -> LocksReport:
         known=len(locks.locks),
         heartbeat=now - locks.session.written_at if locks.session.written_at is not None else None,
         duration=locks.settings.duration,
+        foreign=locks.ignored.foreign,
+        excess=locks.ignored.excess,
     )
 
 

@@ -43,6 +43,7 @@ class NodeReading:
     driver_loaded: whether vhci_hcd is loaded and can be read.
     ports_used, ports_free: by hub, "hs" or "ss". Empty if the driver is not loaded.
     claims: by state.
+    locks_ignored: by reason, "other_server" or "too_many".
     lock_duration: silence after which a lock may be taken over.
     session_age: since the last heartbeat that succeeded. None while the node holds no lock or has sent no heartbeat.
     api_reachable: whether the API server answers and the locks are watched.
@@ -61,6 +62,7 @@ class NodeReading:
     ports_free: Mapping[str, int] = field(default_factory=dict)
     claims: Mapping[str, int] = field(default_factory=dict)
     locks_held: int = 0
+    locks_ignored: Mapping[str, int] = field(default_factory=dict)
     lock_duration: float = 0.0
     session_age: float | None = None
     api_reachable: bool = False
@@ -104,6 +106,8 @@ class NodeCollector(Collector):
         yield _by("vhci_ports_free", "Free ports of vhci_hcd. Absent without the driver.", "hub", now.ports_free)
         yield _by("claims", "Devices that this node has a claim on.", "state", now.claims)
         yield _one("locks_held", "Locks held by this node.", now.locks_held)
+        text = "Locks that this node ignores: of servers that it does not use, or too many of one server."
+        yield _by("locks_ignored", text, "reason", now.locks_ignored)
         text = "Time without a heartbeat after which another node may take over a lock."
         yield _one("lock_duration_seconds", text, now.lock_duration)
         text = "Time since the API server last accepted a heartbeat, while this node holds a lock."

@@ -87,7 +87,8 @@ class LocksReport:
     read: whether the locks have been read since the start.
     reachable_for: seconds since `reachable` last changed, in either direction.
     held: locks that this node holds.
-    known: all locks.
+    known: all locks that are kept in memory.
+    foreign, excess: locks that are not kept: of servers that the configuration does not name; beyond a limit.
     heartbeat: seconds since the session was last written; None if this process has not written it.
     duration: seconds of silence after which a lock may be taken over.
     """
@@ -100,6 +101,8 @@ class LocksReport:
     known: int
     heartbeat: float | None
     duration: float
+    foreign: int = 0
+    excess: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import cast
 
 import pytest
@@ -103,8 +103,8 @@ class Leases:
     def __init__(self, *leases: Lease) -> None:
         self._leases = leases
 
-    async def list(self, labels: object) -> LeaseList:
-        return LeaseList(self._leases if labels == record.LOCK_LABELS else (), "1")
+    async def list(self, labels: object, keep: Callable[[Lease], bool] = lambda _lease: True) -> LeaseList:
+        return LeaseList(tuple(filter(keep, self._leases)) if labels == record.LOCK_LABELS else (), "1")
 
 
 class Servers:

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.rigs.api_double import ApiDouble
 from usbip_plugin.errors import KubeForbidden, KubeGone, KubeUnreachable
-from usbip_plugin.kube.pods import MANY, OwnPods, PodPhase, PodState, read_pod
+from usbip_plugin.kube.pods import LIST_PAGE, MANY, MAX_RESOURCES, OwnPods, PodPhase, PodState, read_pod
 from usbip_plugin.model import PodRef
 from usbip_sim.virtual.loop import SimClock, virtual
 
@@ -92,6 +93,32 @@ async def test_a_watch_that_ends_continues_at_its_last_version() -> None:
     assert ends == [(A, PodPhase.ENDED)]
     assert len(api.of("list")) == 1
     assert [call.params["resourceVersion"] for call in api.of("watch")] == ["1", "7", "7"]
+
+
+@virtual
+async def test_pods_are_listed_in_pages_that_are_reduced_at_once() -> None:
+    api = ApiDouble()
+    api.items = [pod(f"p{number}") for number in range(2 * LIST_PAGE + 1)]
+    sizes: list[int] = []
+    listed = api.pages
+
+    async def watched(*args: Any, **options: Any) -> AsyncGenerator[dict[str, Any], None]:
+        async for page in listed(*args, **options):
+            sizes.append(len(page["items"]))
+            yield page
+
+    api.pages = watched  # type: ignore[method-assign]
+    pods, _ = own_pods(api)
+    await run_for(pods, 1)
+    assert sizes == [LIST_PAGE, LIST_PAGE, 1]
+    assert all(pods.find("default", f"p{number}") for number in range(2 * LIST_PAGE + 1))
+
+
+def test_of_a_pod_that_names_any_number_of_resources_a_bounded_number_is_kept() -> None:
+    limits = {f"usbip.dev/{number}": "1" for number in range(10_000)}
+    found = read_pod(pod() | {"spec": {"containers": [{"resources": {"limits": limits}}]}})
+    assert found is not None
+    assert len(found[1].resources) == MAX_RESOURCES
 
 
 @virtual

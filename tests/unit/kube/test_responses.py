@@ -17,6 +17,7 @@ from usbip_plugin.errors import (
     KubeNotFound,
     KubeServerError,
     KubeThrottled,
+    KubeTooLong,
     KubeUnauthorized,
 )
 from usbip_plugin.kube import responses
@@ -101,11 +102,10 @@ def test_an_error_event_with_code_410_is_gone() -> None:
         responses.event_of(b'{"type":"ERROR","object":{"kind":"Status","code":410,"message":"too old"}}', "pods")
 
 
-async def test_an_endless_answer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(responses, "MAX_BODY_BYTES", 10)
-    assert await responses.whole(in_parts(b"x" * 5, b"y" * 5), "get", "pods") == b"xxxxxyyyyy"
-    with pytest.raises(KubeServerError, match="longer than 10"):
-        await responses.whole(in_parts(b"x" * 5, b"y" * 6), "get", "pods")
+async def test_an_endless_answer_is_refused() -> None:
+    assert await responses.whole(in_parts(b"x" * 5, b"y" * 5), "get", "pods", 10) == b"xxxxxyyyyy"
+    with pytest.raises(KubeTooLong, match="longer than 10"):
+        await responses.whole(in_parts(b"x" * 5, b"y" * 6), "get", "pods", 10)
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,8 @@ def view() -> tuple[LockCache, list[LockChange]]:
 
 
 def listed(of: LockCache, version: int, *leases: Lease) -> None:
-    of.begin_list()
-    of.reset(LeaseList(leases, str(version)))
+    keep = of.begin_list()
+    of.reset(LeaseList(tuple(filter(keep, leases)), str(version)))
 
 
 def answer(of: LockCache, found: Lease | None) -> bool:
@@ -105,6 +105,18 @@ def test_an_answer_that_comes_during_a_list_is_kept_and_doubted_until_a_read() -
         assert (holder(v), v.doubtful) == ("me", {ID})
         assert answer(v, found)
         assert (holder(v), v.doubtful) == (then, set())
+
+
+def test_a_lock_that_is_created_during_a_list_is_not_lost_by_the_list() -> None:
+    v, changes = view()
+    listed(v, 5)
+    v.begin_list()
+    answer(v, lease(9, "me"))
+    v.reset(LeaseList((), "8"))
+    assert (holder(v), v.doubtful) == ("me", {ID})
+    v.apply(event(9, "me", ChangeType.ADDED))
+    assert (holder(v), v.doubtful) == ("me", set())
+    assert len(changes) == 1
 
 
 def test_a_call_that_a_list_overtook_must_be_made_again() -> None:
@@ -185,7 +197,9 @@ class Node:
             self._open, self._evaluated = self._call.__enter__(), False
         elif not self._evaluated:
             current = self.backend.leases.get(ID)
-            if write and current is not None:
+            if write and current is None:
+                current = self.backend.create(replace(lease(0), resource_version=""))
+            elif write and current is not None:
                 current = self.backend.replace(replace(current, transitions=current.transitions + 1))
             self._found, self._evaluated = current, True
         else:

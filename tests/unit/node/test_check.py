@@ -19,6 +19,7 @@ from usbip_plugin.config.reload import LoadedConfig
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.errors import ConfigError, KubeForbidden, KubeUnreachable, ServerUnreachable
 from usbip_plugin.locks import record
+from usbip_plugin.locks.kept import MAX_KEPT, MAX_OF_SERVER
 from usbip_plugin.locks.record import Lease
 from usbip_plugin.model import HUB_CLASS, DeviceKey, ServerKey, UsbId
 from usbip_plugin.node import check
@@ -249,6 +250,30 @@ async def test_a_server_that_lists_what_a_living_node_has_attached_is_a_warning(
 
     assert await check.lists_check(store, frozenset({SERVER}), unreachable, now) == []
     assert await check.lists_check(store, frozenset(), devlist, now) == []
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "detail"),
+    [
+        (MAX_OF_SERVER, MAX_KEPT, None),
+        (MAX_OF_SERVER + 2, 1, "too many: 1 of servers that the configuration does not name\n2 of configured servers"),
+        (0, MAX_KEPT + 1, f"too many: {MAX_KEPT + 1} of servers that the configuration does not name"),
+    ],
+)
+async def test_more_locks_than_a_plugin_keeps_are_a_warning(ours: int, theirs: int, detail: str | None) -> None:
+    store = MemoryLeases(MemoryBackend(), SystemClock(), "node-a")
+    for server, count in ((SERVER, ours), (ServerKey("other"), theirs)):
+        for number in range(count):
+            key = DeviceKey(server, f"1-{number}")
+            notes = record.device_annotations(key)
+            await store.create(Lease(key.id, "evil", annotations=notes, labels=record.LOCK_LABELS))
+
+    async def devlist(_server: ServerKey) -> DeviceList:
+        return DeviceList(())
+
+    findings = await check.lists_check(store, frozenset({SERVER}), devlist, datetime(2026, 1, 1, tzinfo=UTC))
+    assert [finding.outcome for finding in findings] == [Outcome.WARN] * (detail is not None)
+    assert all(finding.detail.startswith(detail or "") and "prune" in finding.cure for finding in findings)
 
 
 async def test_a_refused_access_review_is_a_warning_and_an_unreachable_api_server_a_failure() -> None:

@@ -155,6 +155,8 @@ def test_every_device_is_shown_with_its_reason_holder_and_pod() -> None:
         ({"registrations": (RegistrationRow("r", False, 0, "no kubelet"),)}, "no kubelet"),
         ({"locks": replace(STATUS.locks, reachable=False, error="timeout")}, "API server unreachable for 5 s"),
         ({"locks": replace(STATUS.locks, held=0, heartbeat=None)}, "not needed"),
+        ({"locks": replace(STATUS.locks, excess=9)}, "Too many locks: 9 are ignored, 3 are kept"),
+        ({"locks": replace(STATUS.locks, foreign=7)}, "1 held here, 7 of other servers"),
         ({"config": replace(STATUS.config, warnings=("odd",))}, "odd"),
         ({"config": replace(STATUS.config, problems=("config.yaml:3: bad",), failed=AT)}, "config.yaml:3: bad"),
         (
