@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import copy
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from tests.rigs.plugin_rights import EFFECT_S, collection, shipped
 from usbip_plugin.errors import KubeConflict, KubeForbidden, KubeNotFound
 from usbip_plugin.kube.client import KubeClient
 from usbip_plugin.kube.events import NORMAL, EventText, event_body, event_name, instance_of
+from usbip_plugin.locks import record
 from usbip_plugin.locks.record import session_name
 from usbip_plugin.model import DeviceKey, NodeIdentity, PodRef, ServerKey
 
@@ -43,14 +44,20 @@ SESSION = "must name it as holder"
 HOLDER = "may hold a lock or release its own"
 LABEL = "bears the label"
 OWNERS = "no ownerReferences"
+TEXTS = "its annotations and labels only"
+FIELDS = "name the fields of a Lease"
 OTHER_NODE = "may not write the status of node"
 METADATA = "not its labels"
 STATUS = "no other part of its status"
 RESOURCES = "resources of its own domain"
 COUNT = "USB/IP devices of one resource"
 SOURCE = "as its controller and its node"
+EVENT_TEXTS = "no annotations and no labels"
 ABOUT = "about a pod or about its own node"
-RULES = (BOUND, NAME, SESSION, HOLDER, LABEL, OWNERS, OTHER_NODE, METADATA, STATUS, RESOURCES, COUNT, SOURCE, ABOUT)
+RULES = (
+    *(BOUND, NAME, SESSION, HOLDER, LABEL, OWNERS, TEXTS, FIELDS),
+    *(OTHER_NODE, METADATA, STATUS, RESOURCES, COUNT, SOURCE, EVENT_TEXTS, ABOUT),
+)
 
 
 @dataclass(frozen=True)
@@ -171,6 +178,28 @@ async def renew_session_of_b(scene: Scene) -> None:
     await update(scene.by_a, made, leaseDurationSeconds=3600)
 
 
+def many_notes() -> dict[str, str]:
+    """Returns as many annotations as the API server takes."""
+    return {f"a.example.org/{number}": "x" * 10_000 for number in range(25)}
+
+
+def fields(names: Iterable[str], leaf: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    """Returns managedFields by which the writer owns annotations of these names."""
+    owned = {"f:metadata": {"f:annotations": {name: leaf or {} for name in names}}}
+    return [
+        {
+            "manager": "evil",
+            "operation": "Update",
+            "apiVersion": "coordination.k8s.io/v1",
+            "time": "2026-01-01T00:00:00Z",
+            "fieldsType": "FieldsV1",
+            "fieldsV1": owned,
+        }
+    ]
+
+
+LABELS = {"usbip.dev/lease": "lock"}
+POD = record.POD
 OWNER = [{"apiVersion": "v1", "kind": "ConfigMap", "name": "gone", "uid": "00000000-0000-4000-8000-000000000000"}]
 
 ATTACKS: dict[str, tuple[str, Attack]] = {
@@ -193,6 +222,24 @@ ATTACKS: dict[str, tuple[str, Attack]] = {
     "an owner that is gone": (OWNERS, created(lambda s: lock(s.a, ownerReferences=OWNER))),
     "an owner for a lock that is held": (OWNERS, updated_metadata(ownerReferences=OWNER)),
     "a finalizer on a lock": (OWNERS, created(lambda s: lock(s.a, finalizers=["example.org/keep"]))),
+    "an annotation of another key": (TEXTS, created(lambda s: lock(s.a, annotations={"usbip.dev/note": "x"}))),
+    "250 KB in annotations of other keys": (TEXTS, created(lambda s: lock(s.a, annotations=many_notes()))),
+    "250 KB in an annotation of its own": (TEXTS, created(lambda s: lock(s.a, annotations={POD: "x" * 250_000}))),
+    "a long annotation for the own lock": (TEXTS, updated_metadata(annotations={POD: "x" * 1025})),
+    "a long annotation in the own session": (
+        TEXTS,
+        created(lambda s: lease(session_name(s.a), s.a, annotations={POD: "x" * 1025})),
+    ),
+    "a label of another key": (TEXTS, created(lambda s: lock(s.a, labels={**LABELS, "a.example.org/b": "c"}))),
+    "a megabyte of fields": (
+        FIELDS,
+        created(lambda s: lock(s.a, managedFields=fields(f"f:{n}" for n in range(60_000)))),
+    ),
+    "long names of fields": (FIELDS, created(lambda s: lock(s.a, managedFields=fields(["f:" + "x" * 1_000_000])))),
+    "deep fields": (
+        FIELDS,
+        created(lambda s: lock(s.a, managedFields=fields(["f:x"], {f"f:{n}": {} for n in range(99)}))),
+    ),
     "another node's count": (OTHER_NODE, lambda s: patch_status(s.by_a, s.b, allocatable({"usbip.dev/stick": "0"}))),
     "a label": (METADATA, patched({"metadata": {"labels": {"role": "control-plane"}}})),
     "a label changed": (METADATA, patched({"metadata": {"labels": {"zone": "b"}}})),
@@ -215,6 +262,14 @@ ATTACKS: dict[str, tuple[str, Attack]] = {
     "a count beyond reason": (COUNT, patched(allocatable({"usbip.dev/stick": "10001"}))),
     "the kubelet's event": (SOURCE, created(lambda s: event(s.a, reportingController="kubelet"), EVENTS)),
     "another node's event": (SOURCE, created(lambda s: event(s.a, reportingInstance=s.b), EVENTS)),
+    "an event with annotations": (
+        EVENT_TEXTS,
+        created(lambda s: event(s.a, metadata={"name": f"e-{uuid.uuid4().hex}", "annotations": many_notes()}), EVENTS),
+    ),
+    "an event with labels": (
+        EVENT_TEXTS,
+        created(lambda s: event(s.a, metadata={"name": f"e-{uuid.uuid4().hex}", "labels": {"a": "b"}}), EVENTS),
+    ),
     "an event about another node": (
         ABOUT,
         created(lambda s: event(s.a, regarding={"kind": "Node", "name": s.b}), EVENTS),
@@ -307,6 +362,15 @@ async def test_a_write_to_a_deleted_lock_is_not_found_or_a_conflict(scene: Scene
     await scene.admin.request("delete", f"{LEASES}/{held['metadata']['name']}", resource="leases")
     with pytest.raises((KubeNotFound, KubeConflict)):
         await update(scene.by_a, held, holderIdentity=scene.a if holder else "")
+
+
+async def test_what_others_put_on_a_lease_stops_no_write(scene: Scene) -> None:
+    notes = {"example.org/note": "x" * 3000, POD: "y" * 2000}
+    held = await create(scene.admin, lock(scene.a, annotations=notes, labels={**LABELS, "example.org/team": "lab"}))
+    renewed = await update(scene.by_a, held, leaseDurationSeconds=41)
+    assert renewed["metadata"]["annotations"] == notes
+    renewed["metadata"] |= {"annotations": {POD: "default/p"}, "labels": LABELS}
+    assert (await update(scene.by_a, renewed, leaseDurationSeconds=42))["metadata"]["labels"] == LABELS
 
 
 async def test_a_session_is_renewed(scene: Scene) -> None:

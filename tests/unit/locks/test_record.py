@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
 import pytest
+import yaml
 
 from tests.rigs.vocabulary import KEY
-from usbip_plugin.locks.record import BUSID, FAILED_EPOCH, SERVER, USB_ID, Lease, lock_of
+from usbip_plugin.locks.record import BUSID, FAILED_EPOCH, OWN, SERVER, USB_ID, Lease, lock_of
 from usbip_plugin.model import DeviceKey, ServerKey
+
+ROOT = Path(__file__).parents[3]
 
 
 def lease(key: DeviceKey = KEY, **notes: str) -> Lease:
@@ -43,3 +49,10 @@ def test_an_invalid_usb_id_is_none(text: str) -> None:
 )
 def test_only_a_short_number_is_the_epoch_of_a_failure(text: str, epoch: int | None) -> None:
     assert lock_of(Lease(name=KEY.id, annotations={FAILED_EPOCH: text})).failed_epoch == epoch
+
+
+def test_the_admission_policy_knows_every_key_that_the_plugin_writes() -> None:
+    policy = next(yaml.safe_load_all((ROOT / "rbac/40-admission.yaml").read_text(encoding="utf-8")))
+    (keys,) = [one["expression"] for one in policy["spec"]["variables"] if one["name"] == "keys"]
+    later = {"usbip.dev/format", "usbip.dev/import-from"}  # a plugin of the next version may write them
+    assert set(ast.literal_eval(" ".join(keys.split()))) == OWN | later
