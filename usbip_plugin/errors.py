@@ -452,6 +452,10 @@ class ReleaseRefused(CommandError):
     """A release was not carried out. Nothing was written."""
 
 
+class PruneRefused(CommandError):
+    """A prune was not confirmed. Nothing was removed."""
+
+
 def is_device_failure(error: PluginError) -> bool:
     """Returns whether an Allocate failed because of the device or its server, so that the next one may fail as well.
 

@@ -8,7 +8,7 @@ import io
 import json
 import os
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from usbip_plugin.cli.main import KUBECTL, kubectl, main
 from usbip_plugin.cli.parser import DEFAULT_CONFIG_MAP, Exit
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.locks.record import LOCK_LABELS, SESSION_LABELS, Lease, session_name
-from usbip_plugin.model import DeviceKey, UsbId
+from usbip_plugin.model import DeviceKey, ServerKey, UsbId
 from usbip_plugin.usbip.client import TcpUsbipClient
 from usbip_sim.leases import MemoryBackend
 from usbip_sim.server.server import VirtualServer
@@ -330,6 +330,87 @@ async def test_release_asks_on_a_terminal(
     ran = await terminal.run("release", cluster.held.id, "--force")
     assert f"Take {cluster.held} from node node-a? [y/N] " in ran.err, "standard output is for programs"
     assert (ran.status, cluster.leases.leases[cluster.held.id].holder) == (status, holder)
+
+
+def add_node(cluster: Cluster, name: str) -> None:
+    cluster.api.objects[f"/api/v1/nodes/{name}"] = {"metadata": {"name": name}, "spec": {}}
+
+
+async def test_prune_shows_what_is_gone_asks_and_removes_it(
+    cluster: Cluster, terminal: Terminal, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(cluster.config)
+    add_node(cluster, "node-a")
+    old = datetime.now(UTC) - timedelta(days=2)
+    away = DeviceKey(ServerKey("192.0.2.9"), "1-1")
+    cluster.leases.create(cluster.lock(cluster.free))
+    kept = set(cluster.leases.leases)
+    cluster.leases.create(cluster.lock(away))
+    cluster.leases.create(replace(cluster.lock(DeviceKey(cluster.server.key, "9-1")), renew_time=old))
+    evil = DeviceKey(cluster.server.key, "9-2")
+    cluster.leases.create(replace(cluster.lock(evil, "node-gone"), renew_time=old))
+    cluster.leases.create(Lease(session_name("node-gone"), "node-gone", 40, old, old, labels=SESSION_LABELS))
+    everything = set(cluster.leases.leases)
+
+    ran = await terminal.run("prune", "--config", str(config), "--dry-run")
+    assert (ran.status, ran.err) == (Exit.DONE, "")
+    assert ran.out.splitlines() == [
+        "locks held by nodes that do not exist (1):",
+        f"  {evil}, node node-gone",
+        "locks of devices that the configuration does not name and nobody holds (1):",
+        f"  {away}",
+        "locks of devices that their server does not list and nobody has held for a day (1):",
+        f"  {cluster.server.key}/9-1",
+        "sessions of nodes that do not exist (1):",
+        "  node-gone",
+        "Dry run: nothing was removed.",
+    ]
+    ran = await terminal.run("prune", "--config", str(config))
+    assert (ran.status, "stdin is not a terminal" in ran.err) == (Exit.REFUSED, True)
+    monkeypatch.setattr("sys.stdin", Keyboard("no\n"))
+    ran = await terminal.run("prune", "--config", str(config))
+    assert (ran.status, "Remove 4 Leases? [y/N] " in ran.err) == (Exit.REFUSED, True)
+    assert set(cluster.leases.leases) == everything, "nothing is removed so far"
+    ran = await terminal.run("prune", "--config", str(config), "--yes")
+    assert (ran.status, ran.err, ran.out.splitlines()[-1]) == (Exit.DONE, "", "Removed 4 Leases.")
+    assert set(cluster.leases.leases) == kept
+    ran = await terminal.run("prune", "--config", str(config))
+    assert ran.out == "None of 2 locks and 1 sessions is of a node or device that is gone.\n"
+
+
+async def test_prune_without_a_configuration_keeps_the_locks_that_nobody_holds(
+    cluster: Cluster, terminal: Terminal
+) -> None:
+    add_node(cluster, "node-a")
+    cluster.leases.create(cluster.lock(DeviceKey(ServerKey("192.0.2.9"), "1-1")))
+    ran = await terminal.run("prune", "--yes")
+    assert ran.status == Exit.DONE
+    assert "ConfigMap usbip-system/usbip-plugin cannot be read" in ran.out
+    assert "locks without a holder stay" in ran.out
+    assert len(cluster.leases.leases) == 3
+
+
+async def test_prune_keeps_the_locks_of_a_server_that_does_not_answer(
+    cluster: Cluster, terminal: Terminal, tmp_path: Path
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(cluster.config)
+    add_node(cluster, "node-a")
+    old = datetime.now(UTC) - timedelta(days=2)
+    cluster.leases.create(replace(cluster.lock(DeviceKey(cluster.server.key, "9-1")), renew_time=old))
+    await cluster.server.stop()
+    ran = await terminal.run("prune", "--config", str(config), "--yes")
+    assert (ran.status, "locks of its devices stay" in ran.out) == (Exit.DONE, True)
+    assert len(cluster.leases.leases) == 3
+
+
+async def test_prune_without_the_right_fails_with_the_missing_right(cluster: Cluster, terminal: Terminal) -> None:
+    cluster.api.refused["delete leases"] = 403
+    old = datetime.now(UTC) - timedelta(days=2)
+    cluster.leases.create(Lease(session_name("node-gone"), "node-gone", 40, old, old, labels=SESSION_LABELS))
+    ran = await terminal.run("prune", "--yes")
+    assert (ran.status, "delete leases.coordination.k8s.io: forbidden" in ran.err) == (Exit.PROBLEM, True)
 
 
 async def test_release_of_a_device_listed_as_free_needs_no_force(cluster: Cluster, terminal: Terminal) -> None:

@@ -168,6 +168,9 @@ class FakeApi:
                 if call.name not in backend.leases:
                     return _status(404, f'leases "{call.name}" not found')
                 return web.json_response(_object(backend.leases[call.name], call.namespace))
+            case "delete":
+                backend.delete(call.name, call.body["preconditions"]["resourceVersion"])
+                return web.json_response({"kind": "Status", "status": "Success"})
         lease = _lease(call.body)
         if self.confined_to and lease.holder not in ("", self.confined_to):
             return _status(403, f"ValidatingAdmissionPolicy 'usbip-plugin' denied request: {lease.holder}")

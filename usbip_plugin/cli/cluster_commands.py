@@ -1,4 +1,4 @@
-"""The commands for the whole cluster: devices, explain, release."""
+"""The commands for the whole cluster: devices, explain, release, prune."""
 
 from __future__ import annotations
 
@@ -12,18 +12,22 @@ from collections.abc import AsyncIterator
 from usbip_plugin.cli.devices import paint, rows, show_devices, structured, wants_colour
 from usbip_plugin.cli.explain import DeviceDetails, render
 from usbip_plugin.cli.explain import explain as explanation_of
-from usbip_plugin.cli.lookup import DeviceLookup, find_config
+from usbip_plugin.cli.lookup import DEVLIST_TIMEOUT_S, DeviceLookup, find_config
 from usbip_plugin.cli.node_commands import namespace_of
 from usbip_plugin.cli.parser import Exit
+from usbip_plugin.cli.prune import prune as remove
+from usbip_plugin.cli.prune import removable, summary
 from usbip_plugin.cli.release import impact, refusal
 from usbip_plugin.cli.release import release as carry_out
-from usbip_plugin.clock import SystemClock
+from usbip_plugin.clock import Clock, SystemClock
 from usbip_plugin.config.schema import DEFAULT_DOMAIN
-from usbip_plugin.errors import ReleaseRefused
-from usbip_plugin.kube.client import connect
+from usbip_plugin.errors import PluginError, PruneRefused, ReleaseRefused, UsbipError
+from usbip_plugin.kube.client import KubeClient, connect
+from usbip_plugin.kube.responses import mapping
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.locks.locked_devices import LockedDevice, known_devices
-from usbip_plugin.locks.record import LeaseStore
+from usbip_plugin.locks.record import SESSION_LABELS, LeaseStore
+from usbip_plugin.model import ServerKey
 from usbip_plugin.usbip.client import TcpUsbipClient
 
 
@@ -73,19 +77,77 @@ async def release(options: argparse.Namespace) -> int:
         if options.dry_run:
             _say("Dry run: nothing was written.")
             return Exit.DONE
-        if not options.yes and not await _confirmed(details):
+        question = f"Take {details.device} from node {details.holder}?"
+        if not options.yes and not await _confirmed(question, ReleaseRefused, "not released"):
             raise ReleaseRefused("not released: not confirmed")
         await carry_out(store, details.known, SystemClock().now())
         _say(f"Released. {details.device} is available to the first pod that requests it.")
     return Exit.DONE
 
 
-async def _confirmed(details: DeviceDetails) -> bool:
+async def prune(options: argparse.Namespace) -> int:
+    """Carries out `usbip-plugin prune`. Raises PruneRefused if it is not confirmed."""
+    clock, namespace = SystemClock(), namespace_of(options.namespace)
+    kube = await connect(options.kubeconfig)
+    try:
+        store = KubernetesLeases(kube, namespace)
+        config, source = await find_config(options, kube, namespace)
+        if config is None:
+            _say(f"{source}; locks without a holder stay.")
+        listed = await _listed(config.servers() if config is not None else frozenset(), clock)
+        known, sessions = await known_devices(store), (await store.list(SESSION_LABELS)).items
+        found = removable(known, sessions, await _node_names(kube), config, listed, clock.now())
+        if not found:
+            _say(f"None of {len(known)} locks and {len(sessions)} sessions is of a node or device that is gone.")
+            return Exit.DONE
+        _say("\n".join(summary(found)))
+        if options.dry_run:
+            _say("Dry run: nothing was removed.")
+            return Exit.DONE
+        if not options.yes and not await _confirmed(f"Remove {len(found)} Leases?", PruneRefused, "not removed"):
+            raise PruneRefused("not removed: not confirmed")
+        removed = await remove(store, found)
+        changed = f"; {len(found) - removed} have changed meanwhile and stay" if removed < len(found) else ""
+        _say(f"Removed {removed} Leases{changed}.")
+    finally:
+        await kube.close()
+    return Exit.DONE
+
+
+async def _listed(servers: frozenset[ServerKey], clock: Clock) -> dict[ServerKey, frozenset[str]]:
+    """Returns the bus IDs that each server lists. Servers without an answer are left out, and said."""
+    found: dict[ServerKey, frozenset[str]] = {}
+
+    async def ask(server: ServerKey, client: TcpUsbipClient) -> None:
+        try:
+            answer = await client.devlist(server, timeout=DEVLIST_TIMEOUT_S)
+        except UsbipError as error:
+            _say(f"{error}; locks of its devices stay.")
+        else:
+            found[server] = frozenset(device.busid for device in answer.devices)
+
+    with contextlib.closing(TcpUsbipClient(clock)) as client:
+        async with asyncio.TaskGroup() as tasks:
+            for server in sorted(servers):
+                tasks.create_task(ask(server, client))
+    return found
+
+
+async def _node_names(kube: KubeClient) -> frozenset[str]:
+    """Returns the names of all nodes of the cluster. Raises KubeError."""
+    names: set[str] = set()
+    async with contextlib.aclosing(kube.pages("/api/v1/nodes", resource="nodes")) as pages:
+        async for page in pages:
+            names |= {str(mapping(mapping(node).get("metadata")).get("name")) for node in page["items"]}
+    return frozenset(names)
+
+
+async def _confirmed(question: str, refused: type[PluginError], not_done: str) -> bool:
+    """Asks for confirmation. Raises the error if nobody can be asked."""
     if not sys.stdin.isatty():
-        raise ReleaseRefused("not released: stdin is not a terminal, cannot ask for confirmation; pass --yes")
-    question = f"Take {details.device} from node {details.holder}? [y/N] "
+        raise refused(f"{not_done}: stdin is not a terminal, cannot ask for confirmation; pass --yes")
     # to stderr, as kubectl does: standard output is for programs
-    print(question, end="", file=sys.stderr, flush=True)  # noqa: T201
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)  # noqa: T201
     answer = await asyncio.to_thread(sys.stdin.readline)
     return answer.strip().lower() in ("y", "yes")
 

@@ -21,6 +21,7 @@ from usbip_plugin.errors import (  # noqa: E402
     KubeUnreachable,
     NoSuchDevice,
     PluginError,
+    PruneRefused,
     ReleaseRefused,
 )
 
@@ -62,7 +63,7 @@ def _status(error: PluginError) -> Exit:
             return Exit.API
         case NoSuchDevice() | AmbiguousDevice():
             return Exit.NO_DEVICE
-        case ReleaseRefused():
+        case ReleaseRefused() | PruneRefused():
             return Exit.REFUSED
         case _:
             return Exit.PROBLEM
@@ -79,10 +80,10 @@ def _run(options: argparse.Namespace) -> int:
             from usbip_plugin.cli import export_commands  # noqa: PLC0415
 
             return export_commands.export(options) if options.command == "export" else export_commands.exported(options)
-        case "devices" | "explain" | "release":
-            from usbip_plugin.cli.cluster_commands import devices, explain, release  # noqa: PLC0415
+        case "devices" | "explain" | "release" | "prune":
+            from usbip_plugin.cli.cluster_commands import devices, explain, prune, release  # noqa: PLC0415
 
-            command = {"devices": devices, "explain": explain, "release": release}[options.command]
+            command = {"devices": devices, "explain": explain, "release": release, "prune": prune}[options.command]
             return asyncio.run(command(options))
         case "completion":
             from usbip_plugin.cli.completion import script  # noqa: PLC0415

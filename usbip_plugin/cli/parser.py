@@ -49,7 +49,8 @@ MEANING: Mapping[Exit, str] = MappingProxyType(
         Exit.USAGE: "the command line or the configuration is not valid",
         Exit.API: "the API server is unreachable, or rejects the credentials",
         Exit.NO_DEVICE: "no device has that name, or several have it",
-        Exit.REFUSED: "release: not confirmed, or the lock has changed, or the device may be attached (see --force)",
+        Exit.REFUSED: "release, prune: not confirmed; release: the lock has changed, or the device may be attached "
+        "(see --force)",
     }
 )
 
@@ -102,6 +103,18 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     release.add_argument("--dry-run", action="store_true", help="only show the impact")
     release.add_argument("--force", action="store_true", help="release even if the device may be attached")
     release.add_argument("-y", "--yes", action="store_true", help="do not ask for confirmation")
+
+    prune = commands.add_parser(
+        "prune",
+        help="remove the Leases of nodes and devices that are gone",
+        description="Removes sessions and locks of nodes that do not exist. Also removes locks without a holder, of "
+        "devices that the configuration does not name or that nobody has held for a day and their server does not "
+        "list. Shows them and asks for confirmation.",
+    )
+    _api_flags(prune)
+    _config_lookup_flags(prune)
+    prune.add_argument("--dry-run", action="store_true", help="only show what would be removed")
+    prune.add_argument("-y", "--yes", action="store_true", help="do not ask for confirmation")
 
     check = commands.add_parser("check", help="check whether this node can run the plugin")
     _node_flags(check)
@@ -238,6 +251,10 @@ def _device_arguments(command: argparse.ArgumentParser) -> None:
     """Adds the arguments of commands about one device. They look for the configuration, and work without it too."""
     command.add_argument("device", metavar=DEVICE, help=DEVICE_HELP)
     _api_flags(command)
+    _config_lookup_flags(command)
+
+
+def _config_lookup_flags(command: argparse.ArgumentParser) -> None:
     _config_flags(command, None, f"default: {DEFAULT_CONFIG_PATH} if it exists, else the ConfigMap")
     config_map = "ConfigMap with the configuration (default %(default)s)"
     command.add_argument("--config-map", metavar="NAME", default=DEFAULT_CONFIG_MAP, help=config_map)

@@ -68,6 +68,18 @@ class KubernetesLeases:
         path = f"{self._base}/{lease.name}"
         return decode(await self._client.request("update", path, resource=RESOURCE, body=body))
 
+    async def delete(self, lease: Lease) -> None:
+        """Deletes the Lease if it is still of this version. Raises KubeConflict or KubeNotFound if it is not.
+
+        Only a person does so: the plugin has no right to delete.
+        """
+        body = {
+            "apiVersion": "v1",
+            "kind": "DeleteOptions",
+            "preconditions": {"uid": lease.uid, "resourceVersion": lease.resource_version},
+        }
+        await self._client.request("delete", f"{self._base}/{lease.name}", resource=RESOURCE, body=body)
+
     async def watch(self, labels: Mapping[str, str], resource_version: str) -> AsyncGenerator[LeaseChange, None]:
         params = {"labelSelector": selector(labels), "resourceVersion": resource_version}
         async with contextlib.aclosing(self._client.watch(self._base, resource=RESOURCE, params=params)) as events:
