@@ -18,7 +18,7 @@ class Clock(Protocol):
     """The source of time for all parts of the plugin. Durations are seconds."""
 
     def monotonic(self) -> float:
-        """Returns the seconds of this node's own monotonic clock. All decisions use this clock."""
+        """Returns the seconds of this node's own monotonic clock, which goes on in suspend. All decisions use it."""
 
     def now(self) -> datetime:
         """Returns the wall clock in UTC, only for what people read."""
@@ -30,11 +30,15 @@ class Clock(Protocol):
         """Limits the block like asyncio.timeout: raises TimeoutError out of it after that many seconds."""
 
 
+# Linux's CLOCK_MONOTONIC stands still while the machine is suspended, and an import window must not (R1).
+_MONOTONIC = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
+
 class SystemClock:
-    """The clock of the operating system and the event loop."""
+    """The clock of the operating system and the event loop. Sleeps and timeouts do not count time in suspend."""
 
     def monotonic(self) -> float:
-        return time.monotonic()
+        return time.clock_gettime(_MONOTONIC)
 
     def now(self) -> datetime:
         return datetime.now(UTC)
