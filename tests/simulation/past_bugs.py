@@ -50,9 +50,7 @@ async def finish_for_good(self: Releaser, device_id: str, *, keep: bool = False)
     await detach_and_release(self, device_id)
 
 
-async def write_again_though_lost(
-    self: Pipeline, claim: Claim, import_from: Endpoint | None, **options: bool
-) -> Grant:
+async def write_again_though_lost(self: Pipeline, claim: Claim, import_from: Endpoint | None, **options: bool) -> Grant:
     """Ignores that the claim was lost meanwhile."""
     return await write_again(self, replace(claim, state=ClaimState.REATTACHING), import_from, **options)
 
