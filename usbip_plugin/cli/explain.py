@@ -13,6 +13,9 @@ from usbip_plugin.cli.parser import PLUGIN_LABEL
 from usbip_plugin.locks.locked_devices import LockedDevice, last_sign, silent
 from usbip_plugin.model import DeviceKey, Lock
 
+STUB_DEVICES = "/sys/bus/usb/drivers/usbip-host"
+"""Directory on a Linux server with a link for each exported device. A -1 in its usbip_sockfd ends the connection."""
+
 
 class Listing(enum.Enum):
     """What the USB/IP server of a device lists, as seen from this machine."""
@@ -123,6 +126,12 @@ class DeviceDetails:
     def silent(self) -> bool:
         return self.known is not None and silent(self.known, self.now)
 
+    @property
+    def stuck(self) -> bool:
+        """Whether its server may still export the device to a silent holder, as usbipd does for ever to a dead one."""
+        unlisted = self.server.listing is Listing.UNLISTED and not self.server.error
+        return self.key is not None and self.silent and bool(self.holder) and unlisted
+
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
@@ -156,6 +165,8 @@ def _verdict(details: DeviceDetails) -> tuple[bool, str]:
         return False, f"{device} is unavailable: its lock does not name its server and bus ID."
     if listing is Listing.UNREACHABLE:
         return False, f"{device} appears to be unavailable: its server does not answer this machine."
+    if details.stuck:
+        return False, f"{device} is unavailable: node {details.holder} is silent, and its server does not list it."
     if listing is Listing.UNLISTED:
         return False, f"{device} is unavailable: its server does not export it."
     if listing is Listing.HUB:
@@ -209,6 +220,9 @@ def _server(details: DeviceDetails) -> Iterator[str]:
             yield f"From this machine: {answer.error}."
         case Listing.UNLISTED if answer.error:
             yield f"Server {key.server} answers, but not all of its list can be used: {answer.error}."
+        case Listing.UNLISTED if details.stuck:
+            yield f"Server {key.server} does not list it: it is unplugged, or stuck there with node {details.holder}."
+            yield "A server with usbipd never notices that a node is dead; usbip-plugin export does within 8 s."
         case Listing.UNLISTED if details.holder:
             yield f"Server {key.server} does not list it, as expected for a device in use."
         case Listing.UNLISTED:
@@ -254,13 +268,13 @@ def _next(details: DeviceDetails) -> Iterator[str]:
         return
     if listing is Listing.UNREACHABLE:
         yield "Nodes may still reach the server: check the status page or the log of a node."
-        yield "On the server, check that usbipd is running (pgrep usbipd) and that its port is open."
+        yield "On the server, check that usbip-plugin export or usbipd is running, and that its port is open."
     elif listing is Listing.UNLISTED and key is not None and details.holder:
+        end = f"echo -1 | sudo tee {STUB_DEVICES}/{key.busid}/usbip_sockfd"
+        yield f"If node {details.holder} is dead, end its connection: run on host {key.server.host}: {end}"
         port = lock.port if lock is not None and lock.port is not None else "PORT"
         detach = f"usbip port; usbip detach -p {port}"
         yield f"If node {details.holder} is up but its plugin is not, run on that node: {detach}"
-        unbind = f"usbip unbind -b {key.busid}; usbip bind -b {key.busid}"
-        yield f"If the node is gone and the server has not noticed, run on the server: {unbind}"
     elif listing is Listing.UNLISTED and key is not None:
         yield f"Run on the server: usbip list -l shows what is plugged in; usbip bind -b {key.busid} exports it."
     elif listing is Listing.HUB:

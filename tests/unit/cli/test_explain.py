@@ -31,7 +31,8 @@ LOG = f"read the log of the plugin on that node: kubectl -n usbip-system logs $(
         (replace(FREE, server=HUB, offers=()), False, "it is a USB hub, and USB/IP cannot carry hubs."),
         (replace(FREE, offers=()), False, "no resource in the configuration selects it."),
         (replace(FREE, offers=None, config_source="no right to"), True, "is available."),
-        (GONE_NODE, False, "its server does not export it."),
+        (GONE_NODE, False, "lab:3240/1-1 is unavailable: node node-a is silent, and its server does not list it."),
+        (replace(GONE_NODE, server=replace(UNLISTED, error="?")), False, "its server does not export it."),
         (replace(GONE_NODE, server=LISTED), True, "can be taken over: its holder, node node-a, is silent."),
         (
             replace(GONE_NODE, server=LISTED, listed_in_use=("1-2",)),
@@ -86,14 +87,25 @@ def test_the_verdict_says_whether_the_device_is_available(facts: DeviceDetails, 
         ),
         (replace(HELD, server=LISTED), ["so no node has it attached"]),
         (replace(HELD, known=known("node-a", heard=None, written=10)), ["last heartbeat: 2026-05-04T06:01:51Z"]),
-        (GONE_NODE, ["silent for longer", "05:53:41Z, 8m ago)", "usbip detach -p 3", "usbip unbind -b 1-1"]),
+        (
+            GONE_NODE,
+            [
+                "silent for longer",
+                "05:53:41Z, 8m ago)",
+                "Server lab:3240 does not list it: it is unplugged, or stuck there with node node-a.",
+                "usbipd never notices that a node is dead",
+                "If node node-a is dead, end its connection: run on host lab: "
+                "echo -1 | sudo tee /sys/bus/usb/drivers/usbip-host/1-1/usbip_sockfd",
+                "usbip detach -p 3",
+            ],
+        ),
         (replace(FREE, server=UNLISTED), ["unplugged, not bound, or in use outside", "usbip bind -b 1-1"]),
         (
             replace(FREE, server=replace(UNLISTED, error="1-1: speed 9 is not a valid USB speed")),
             ["not all of its list can be used: 1-1: speed 9 is not a valid USB speed."],
         ),
         (replace(FREE, server=HUB, offers=()), ["lists a hub (class 09) under this bus ID", "devices behind the hub"]),
-        (replace(FREE, server=UNREACHABLE), ["connection refused", "usbipd is running"]),
+        (replace(FREE, server=UNREACHABLE), ["connection refused", "usbip-plugin export or usbipd is running"]),
         (replace(FREE, offers=None, config_source="X cannot be read"), ["are unknown: X cannot be read"]),
         (
             replace(WITH_SERIAL, twins=("attic:3240/7-2", "lab:3240/1-2")),
@@ -111,6 +123,13 @@ def test_the_explanation_names_what_it_found_and_what_to_do(facts: DeviceDetails
     text = render(explain(facts))
     assert [words for words in phrases if words not in text] == []
     assert KEY.id in text
+
+
+@pytest.mark.parametrize("facts", [FREE, HELD, replace(FREE, server=UNLISTED), replace(GONE_NODE, server=LISTED)])
+def test_only_a_silent_holder_whose_device_is_not_listed_is_called_stuck(facts: DeviceDetails) -> None:
+    text = render(explain(facts))
+    assert "stuck" not in text
+    assert "usbip_sockfd" not in text
 
 
 def test_a_command_to_copy_quotes_the_holder() -> None:
