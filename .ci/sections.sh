@@ -112,6 +112,7 @@ packages() {
     qemu-system-x86 zstd                                    # the guest
     chromium                                                # the status page
     strace                                                  # an idle process
+    systemd                                                 # units
     busybox-static iproute2 iptables jq libseccomp-dev pkg-config procps # Kubernetes nodes
     buildah docker.io mmdebstrap qemu-user-static           # images and kind
   )
