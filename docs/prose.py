@@ -24,6 +24,7 @@ CHECKED = (
     "*.md",
     "docs/**/*.md",
     "deploy/README.md",
+    "contrib/**/README.md",
     "examples/**/README.md",
     "docs/reference.py",
     "docs/reasons.py",

@@ -20,7 +20,7 @@ KUBERNETES = "1.37"
 """Version for which `helm template` renders without a cluster."""
 RENDER_S = 60.0
 
-VARIANTS = ("base", "evict", "kind", "modules", "monitoring", "tracing")
+VARIANTS = ("base", "evict", "exporter", "kind", "modules", "monitoring", "tracing")
 """Variants, each with a directory for kustomize, and default values or ci/NAME-values.yaml for Helm."""
 
 Object = dict[str, Any]

@@ -18,6 +18,7 @@ from tests.deploy.rendering import (
     pod_template,
 )
 from usbip_plugin.cli.parser import parser
+from usbip_plugin.config.export import DEFAULT_EXPORT_CONFIG_PATH, DEFAULT_STATE_DIRECTORY, ExportConfig, parse_export
 from usbip_plugin.config.parse import parse_config
 from usbip_plugin.config.schema import (
     DEFAULT_CDI_DIRECTORY,
@@ -32,6 +33,8 @@ from usbip_plugin.vhci import linux
 RECORDS = str(linux.RECORDS)
 
 PLUGIN = ("apps/v1", "DaemonSet", NAMESPACE, "usbip-plugin")
+EXPORTER = ("apps/v1", "DaemonSet", NAMESPACE, "usbip-exporter")
+EXPORT_YAML = DEPLOY / "components" / "exporter" / "export.yaml"
 HOST_PATHS = {
     "usbip-plugin": {
         DEFAULT_PLUGIN_DIRECTORY,
@@ -40,11 +43,15 @@ HOST_PATHS = {
         RECORDS,
         DEFAULT_CDI_DIRECTORY,
     },
+    "usbip-exporter": {"/sys/bus/usb", "/sys/devices", DEFAULT_STATE_DIRECTORY},
     "usbip-simulated-kernel": {RECORDS, "/dev"},
     "usbip-server": set(),
 }
+ON_THE_HOST = ("usbip-plugin", "usbip-exporter")
+"""Workloads in the host's network, with a token of the API server."""
 CAPABILITIES = {
     "plugin": set(),
+    "exporter": set(),
     "load-module": {"SYS_CHROOT", "SYS_MODULE"},
     "kernel": {"MKNOD"},
     "server": set(),
@@ -67,7 +74,7 @@ def test_the_command_lines_are_valid(tools: Tools, host_ip: str, capsys: pytest.
     for where, found in tools.everything():
         for container in containers(found):
             if "command" in container:
-                assert container["command"] == ["chroot", "/host", "modprobe", "-a", "vhci-hcd"], where
+                assert container["command"][:-1] == ["chroot", "/host", "modprobe", "-a"], where
                 continue
             arguments = [argument.replace("$(HOST_IP)", host_ip) for argument in container["args"]]
             try:
@@ -76,10 +83,18 @@ def test_the_command_lines_are_valid(tools: Tools, host_ip: str, capsys: pytest.
                 pytest.fail(f"{where}: {arguments}: {capsys.readouterr().err}")
             commands.add(options.command)
             if options.command == "run":
-                (port,) = container["ports"]
-                assert split_listen(options.listen) == (host_ip, port["containerPort"])
-                assert port["containerPort"] == port["hostPort"]
-    assert commands == {"run", "simulate"}
+                assert_served(container, {"http": options.listen}, host_ip)
+            if options.command == "export":
+                assert_served(container, {"usbip": options.listen, "http": options.http}, host_ip)
+    assert commands == {"run", "simulate", "export"}
+
+
+def assert_served(container: Object, addresses: dict[str, str], host_ip: str) -> None:
+    """Asserts that a container on the host's network names exactly the ports at which it listens."""
+    assert {port["name"] for port in container["ports"]} == addresses.keys()
+    for port in container["ports"]:
+        assert split_listen(addresses[port["name"]]) == (host_ip, port["containerPort"])
+        assert port["containerPort"] == port["hostPort"]
 
 
 def test_probes_request_pages_that_are_served(tools: Tools) -> None:
@@ -89,6 +104,8 @@ def test_probes_request_pages_that_are_served(tools: Tools) -> None:
     assert all(probe["path"] in pages and probe["port"] == "http" for probe in probes.values())
     assert probes["readinessProbe"]["path"] == "/readyz"
     assert probes["livenessProbe"]["path"] == "/healthz"
+    (other,) = exporter(tools)["containers"]
+    assert {kind: other[kind] for kind in probes} == {kind: container[kind] for kind in probes}
 
 
 def test_the_paths_of_the_plugin_are_mounted(tools: Tools) -> None:
@@ -163,14 +180,14 @@ def test_containers_have_no_more_rights_than_needed(tools: Tools) -> None:
             continue
         assert template["spec"]["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}, where
         assert not template["spec"].keys() & {"hostPID", "hostIPC"}, where
-        assert template["spec"].get("hostNetwork", False) is (found["metadata"]["name"] == "usbip-plugin"), where
+        assert template["spec"].get("hostNetwork", False) is (found["metadata"]["name"] in ON_THE_HOST), where
         for container in containers(found):
             security = dict(container["securityContext"])
             capabilities = security.pop("capabilities")
             assert capabilities["drop"] == ["ALL"], where
             assert set(capabilities.get("add", ())) == CAPABILITIES[container["name"]], where
             profile = security.pop("appArmorProfile", None)
-            assert (profile == {"type": "Unconfined"}) is (container["name"] == "plugin"), where
+            assert (profile == {"type": "Unconfined"}) is (container["name"] in ("plugin", "exporter")), where
             # no other key: not privileged, no own user or seccomp profile
             assert security == {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True}, where
             names.add(container["name"])
@@ -191,6 +208,64 @@ def test_pods_mount_only_the_host_paths_they_need(tools: Tools) -> None:
                 assert "host" not in mounted, where
             else:
                 assert mounted == {"host": {"name": "host", "mountPath": "/host", "readOnly": True}}, where
+
+
+def exporter(tools: Tools) -> Object:
+    found: Object = tools.kustomize(kustomize_directory("exporter"))[EXPORTER]["spec"]["template"]["spec"]
+    return found
+
+
+def test_an_exporter_runs_only_on_labelled_nodes_whatever_their_taints(tools: Tools) -> None:
+    spec = exporter(tools)
+    assert spec["nodeSelector"] == {"kubernetes.io/os": "linux", "usbip.dev/exporter": "true"}
+    assert spec["tolerations"] == [{"operator": "Exists"}]
+
+
+def test_the_exporter_has_its_configuration_and_its_state_where_it_looks_for_them(tools: Tools) -> None:
+    spec = exporter(tools)
+    (container,) = spec["containers"]
+    volumes = {volume["name"]: volume for volume in spec["volumes"]}
+    mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
+    config = mounts.pop(str(Path(DEFAULT_EXPORT_CONFIG_PATH).parent))
+    assert volumes[config["name"]]["configMap"] == {"name": "usbip-exporter"}
+    # a subPath is not updated: no reload
+    assert "subPath" not in config
+    assert mounts.keys() == HOST_PATHS["usbip-exporter"]
+    assert {path: volumes[mount["name"]]["hostPath"]["path"] for path, mount in mounts.items()} == {
+        path: path for path in mounts
+    }
+    assert not any(mount.get("readOnly") for mount in mounts.values())
+
+
+def test_the_exporter_only_reads_the_leases_of_its_namespace(tools: Tools) -> None:
+    objects = tools.kustomize(kustomize_directory("exporter"))
+    role = objects["rbac.authorization.k8s.io/v1", "Role", NAMESPACE, "usbip-exporter"]
+    assert role["rules"] == [
+        {"apiGroups": ["coordination.k8s.io"], "resources": ["leases"], "verbs": ["get", "list", "watch"]}
+    ]
+    account = {"kind": "ServiceAccount", "name": exporter(tools)["serviceAccountName"], "namespace": NAMESPACE}
+    bound = [found["roleRef"]["name"] for found in objects.values() if account in found.get("subjects", ())]
+    assert bound == ["usbip-exporter"]
+
+
+def test_the_exporters_shipped_configuration_is_valid_fenced_and_exports_nothing(tools: Tools) -> None:
+    objects = tools.kustomize(kustomize_directory("exporter"))
+    text = objects["v1", "ConfigMap", NAMESPACE, "usbip-exporter"]["data"][Path(DEFAULT_EXPORT_CONFIG_PATH).name]
+    assert parse_export(text).config == ExportConfig((), fence=True)
+
+
+def test_the_examples_in_the_exporters_configuration_are_valid() -> None:
+    text = EXPORT_YAML.read_text(encoding="utf-8")
+    export, config = (
+        "\n".join(re.findall(rf"^# ((?:{keys}):.*$|  .*$)", part, re.MULTILINE))
+        for keys, part in zip(("export|allow", "resources"), text.split("\n# The plugin's config.yaml"), strict=True)
+    )
+    parsed = parse_export(export)
+    assert (len(parsed.config.export), parsed.warnings) == (2, ())
+    assert parsed.config.allow is not None
+    assert parse_config(config).warnings == ()
+    (device,) = parse_config(config).config.resources[0].devices
+    assert device.selector == parsed.config.export[0]
 
 
 def test_every_container_has_a_memory_limit_and_requests(tools: Tools) -> None:
@@ -214,10 +289,10 @@ def test_the_name_of_a_server_is_not_first_one_of_a_service(tools: Tools) -> Non
     assert spec["dnsConfig"] == {"options": [{"name": "ndots", "value": "1"}]}
 
 
-def test_only_the_plugin_gets_a_token(tools: Tools) -> None:
+def test_only_plugin_and_exporter_get_a_token(tools: Tools) -> None:
     for where, found in tools.everything():
         template = pod_template(found)
-        if template is not None and found["metadata"]["name"] != "usbip-plugin":
+        if template is not None and found["metadata"]["name"] not in ON_THE_HOST:
             assert template["spec"]["automountServiceAccountToken"] is False, where
 
 

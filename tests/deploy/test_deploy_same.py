@@ -71,7 +71,7 @@ def test_all_components_together_equal_the_chart(tools: Tools, tmp_path: Path) -
     (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(own), encoding="utf-8")
     values = [
         argument
-        for variant in ("evict", "modules", "monitoring", "tracing", "kind")
+        for variant in ("evict", "exporter", "modules", "monitoring", "tracing", "kind")
         for argument in chart_values(variant)
     ]
     values += ["--set", f"kubelet.podResourcesSocket={K0S_SOCKET}"]
@@ -144,7 +144,7 @@ def test_the_admission_policy_can_be_left_out(tools: Tools) -> None:
 
 
 def test_another_namespace_is_used_everywhere(tools: Tools) -> None:
-    objects = tools.chart("--set", "loadModules.enabled=true", namespace="devices")
+    objects = tools.chart("--set", "loadModules.enabled=true,exporter.enabled=true", namespace="devices")
     assert NAMESPACE not in yaml.safe_dump(list(objects.values()))
     policy = objects["admissionregistration.k8s.io/v1", "ValidatingAdmissionPolicy", "", "usbip-plugin"]
     (condition,) = policy["spec"]["matchConditions"]
@@ -170,6 +170,15 @@ def test_every_object_has_the_projects_version(tools: Tools) -> None:
         spec = daemon["spec"]["template"]["spec"]
         for container in (*spec.get("initContainers", ()), *spec["containers"]):
             assert container["image"] == f"usbip-plugin:{__version__}"
+
+
+def test_the_modules_of_an_exporter_are_loaded_only_where_there_is_one(tools: Tools) -> None:
+    objects = tools.chart("--set", "exporter.enabled=true,loadModules.enabled=true")
+    for name, module in ("usbip-plugin", "vhci-hcd"), ("usbip-exporter", "usbip-host"):
+        spec = objects["apps/v1", "DaemonSet", NAMESPACE, name]["spec"]["template"]["spec"]
+        (loader,) = spec["initContainers"]
+        assert loader["command"] == ["chroot", "/host", "modprobe", "-a", module]
+        assert loader["image"] == spec["containers"][0]["image"]
 
 
 def test_the_guides_kustomization_equals_its_helm_command(tools: Tools, tmp_path: Path) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,8 @@ import yaml
 
 from tests.deploy.rendering import CHART, NAMESPACE, Object, Tools
 from usbip_plugin.cli.parser import parser
+from usbip_plugin.config.export import ExportConfig, parse_export
+from usbip_plugin.config.parse import parse_config
 from usbip_plugin.config.schema import DEFAULT_PLUGIN_DIRECTORY
 
 PLUGIN = ("apps/v1", "DaemonSet", NAMESPACE, "usbip-plugin")
@@ -58,6 +63,16 @@ def pod_spec(tools: Tools, *arguments: str) -> Object:
         (("--set", "updateStrategy.rollingUpdate.maxSurge=1"), "/updateStrategy/rollingUpdate/maxSurge"),
         (("--set", "appArmor.type=unconfined"), "/appArmor/type"),
         (("--set", "seLinuxOptions.types=spc_t"), "/seLinuxOptions"),
+        (("--set", "exporter.enabled=yes"), "/exporter/enabled"),
+        (("--set", "exporter.config="), "/exporter/config"),
+        (("--set-json", 'exporter.config={"export": []}'), "/exporter/config"),
+        (("--set", "exporter.fence=on"), "/exporter/fence"),
+        (("--set", "exporter.port=0"), "/exporter/port"),
+        (("--set", "exporter.image.repository=a@sha256:b"), "/exporter/image/repository"),
+        (("--set", "exporter.image.pullPolicy=Always"), "/exporter/image"),
+        (("--set", "exporter.nodeSelector.usb=true"), "/exporter/nodeSelector/usb"),
+        (("--set", "exporter.tolerations[0].operator=Any"), "/exporter/tolerations/0/operator"),
+        (("--set", "exporter.extraArgs={log-level=debug}"), "/exporter/extraArgs/0"),
         (("--set", "testServer.devices={1-1}"), "/testServer/devices/0"),
         (("--set", "nodeSelector.usb=true"), "/nodeSelector/usb"),
     ],
@@ -153,13 +168,98 @@ def test_labels_that_an_operator_selects_by_go_to_its_objects(tools: Tools) -> N
     assert endpoint["interval"] == "1m"
 
 
-def test_the_pod_monitor_finds_the_plugins_port(tools: Tools) -> None:
-    objects = tools.chart("--set", "monitoring.enabled=true")
-    template = objects[PLUGIN]["spec"]["template"]
-    monitor = objects["monitoring.coreos.com/v1", "PodMonitor", NAMESPACE, "usbip-plugin"]["spec"]
-    assert monitor["selector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
-    (endpoint,) = monitor["podMetricsEndpoints"]
-    assert endpoint["port"] in {port["name"] for port in template["spec"]["containers"][0]["ports"]}
+def test_the_pod_monitors_find_their_ports(tools: Tools) -> None:
+    objects = tools.chart("--set", "monitoring.enabled=true,exporter.enabled=true")
+    for name in ("usbip-plugin", "usbip-exporter"):
+        template = objects["apps/v1", "DaemonSet", NAMESPACE, name]["spec"]["template"]
+        monitor = objects["monitoring.coreos.com/v1", "PodMonitor", NAMESPACE, name]["spec"]
+        assert monitor["selector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
+        (endpoint,) = monitor["podMetricsEndpoints"]
+        assert endpoint["port"] in {port["name"] for port in template["spec"]["containers"][0]["ports"]}
+
+
+EXPORTER = ("apps/v1", "DaemonSet", NAMESPACE, "usbip-exporter")
+EXPORT = ("--set", "exporter.enabled=true")
+
+
+def exported(tools: Tools, *flags: str) -> Object:
+    found: Object = tools.chart(*EXPORT, *flags)[EXPORTER]["spec"]["template"]["spec"]
+    return found
+
+
+def test_without_the_fence_an_exporter_has_no_rights(tools: Tools) -> None:
+    flags = (*EXPORT, "--set", "exporter.fence=false")
+    left = tools.chart(*flags)
+    fenced = tools.chart(*EXPORT)
+    gone = {kind for _, kind, _, name in fenced.keys() - left.keys() if name == "usbip-exporter"}
+    assert gone == {"Role", "RoleBinding"}
+    assert left[EXPORTER]["spec"]["template"]["spec"]["automountServiceAccountToken"] is False
+    for objects, fence in (fenced, True), (left, False):
+        text = objects["v1", "ConfigMap", NAMESPACE, "usbip-exporter"]["data"]["export.yaml"]
+        assert parse_export(text).config.fence is fence
+
+
+def test_the_exporters_configuration_is_taken_as_it_is_and_ends_with_the_fence(tools: Tools) -> None:
+    for text in 'export:\n- {vendor: "0951"}\n# {{ .Values }}\n', 'export: [{vendor: "0951"}]':
+        objects = tools.chart(*EXPORT, "--set-json", f"exporter.config={json.dumps(text)}")
+        made = objects["v1", "ConfigMap", NAMESPACE, "usbip-exporter"]["data"]
+        assert made == {"export.yaml": text.removesuffix("\n") + "\nfence: true\n"}
+
+
+def test_a_fence_in_the_exporters_configuration_is_an_error_that_names_the_value(tools: Tools) -> None:
+    done = tools.helm(*EXPORT, "--set-json", f"exporter.config={json.dumps('export: []' + chr(10) + 'fence: true')}")
+    assert done.returncode != 0
+    assert "set exporter.fence instead" in done.stderr
+
+
+def test_the_exporter_has_the_plugins_image_or_its_own(tools: Tools) -> None:
+    images = {
+        (): "usbip-plugin:0.1.0",
+        ("--set-string", "image.repository=registry.example/usb,image.tag=7"): "registry.example/usb:7",
+        ("--set-string", "image.tag=7,exporter.image.repository=other,exporter.image.tag=8"): "other:8",
+    }
+    for flags, image in images.items():
+        (container,) = exported(tools, *flags)["containers"]
+        assert container["image"] == image
+
+
+def test_the_guides_commands_export_a_nodes_stick_and_name_the_node_as_its_server(tools: Tools, tmp_path: Path) -> None:
+    guide = (CHART.parents[2] / "docs/howto/share-node-device.md").read_text(encoding="utf-8")
+    export, config = (textwrap.dedent(block) for block in re.findall(r"```yaml\n(.*?)```", guide, re.DOTALL))
+    (flags,) = re.findall(r"helm upgrade .*? --create-namespace \\\n(.*?)```", guide, re.DOTALL)
+    (tmp_path / "export.yaml").write_text(export, encoding="utf-8")
+    (tmp_path / "config.yaml").write_text(config, encoding="utf-8")
+    given = shlex.split(flags.replace("\\\n", " "))
+    objects = tools.chart(*(flag.replace("config=", f"config={tmp_path}/") for flag in given))
+    exporters = objects["v1", "ConfigMap", NAMESPACE, "usbip-exporter"]["data"]["export.yaml"]
+    plugins = objects["v1", "ConfigMap", NAMESPACE, "usbip-plugin"]["data"]["config.yaml"]
+    (device,) = parse_config(plugins).config.resources[0].devices
+    assert parse_export(exporters).config == ExportConfig((device.selector,), fence=True)
+    (label,) = re.findall(r"kubectl label node NODE (\S+)", guide)
+    assert label.split("=") in [list(pair) for pair in exported(tools)["nodeSelector"].items()]
+
+
+def test_ports_nodes_and_resources_of_the_exporter_can_be_changed(tools: Tools) -> None:
+    spec = exported(
+        tools,
+        "--set",
+        "exporter.port=3241,exporter.httpPort=9999,exporter.resources.limits.memory=128Mi,exporter.extraArgs={--log-level=debug}",
+        "--set-json",
+        "exporter.tolerations=[]",
+        "--set-string",
+        "exporter.nodeSelector.usb=yes",
+    )
+    (container,) = spec["containers"]
+    assert container["args"] == [
+        "export",
+        "--listen=[$(HOST_IP)]:3241",
+        "--http=[$(HOST_IP)]:9999",
+        "--log-level=debug",
+    ]
+    assert [port["hostPort"] for port in container["ports"]] == [3241, 9999]
+    assert container["resources"]["limits"] == {"memory": "128Mi"}
+    assert "tolerations" not in spec
+    assert spec["nodeSelector"]["usb"] == "yes"
 
 
 def test_other_variables_of_tracing(tools: Tools) -> None:

@@ -29,12 +29,13 @@ DOCUMENTS = [
     ROOT / "CONTRIBUTING.md",
     ROOT / "CHANGELOG.md",
     ROOT / "deploy/README.md",
+    *sorted((ROOT / "contrib").rglob("README.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
 NAMESPACE = "usbip-system"
 FOLDERS = "|".join(
     [
-        *("usbip_plugin", "usbip_sim", "tests", "bench", "rbac", "deploy", "docs", "proto"),
+        *("usbip_plugin", "usbip_sim", "tests", "bench", "rbac", "deploy", "contrib", "docs", "proto"),
         *(path.parent.name for path in (ROOT / "usbip_plugin").glob("*/__init__.py")),
     ]
 )

@@ -18,3 +18,27 @@ capabilities:
   add: [{{ join ", " . }}]
   {{- end }}
 {{- end }}
+
+{{/* The image of the exporter, by default that of the plugin. */}}
+{{- define "usbip-plugin.exporterImage" -}}
+{{- $own := .Values.exporter.image -}}
+{{ $own.repository | default .Values.image.repository }}:{{ $own.tag | default .Values.image.tag | default .Chart.AppVersion }}
+{{- end }}
+
+{{/* The init container that loads a module; called with a list of the root, the module and the image. */}}
+{{- define "usbip-plugin.loadModule" -}}
+{{- $root := index . 0 -}}
+- name: load-module
+  image: {{ index . 2 | quote }}
+  imagePullPolicy: {{ $root.Values.image.pullPolicy }}
+  command: [chroot, /host, modprobe, -a, {{ index . 1 }}]
+  resources:
+    {{- toYaml $root.Values.loadModules.resources | nindent 4 }}
+  terminationMessagePolicy: FallbackToLogsOnError
+  securityContext:
+    {{- include "usbip-plugin.containerSecurity" (list "SYS_CHROOT" "SYS_MODULE") | nindent 4 }}
+  volumeMounts:
+    - name: host
+      mountPath: /host
+      readOnly: true
+{{- end }}
