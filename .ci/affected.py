@@ -24,6 +24,7 @@ OUTSIDE = (
     "deploy/",
     "rbac/",
 )
+EXPORTER = ("usbip_plugin/exporter/", "deploy/components/exporter/")
 IMAGE = ("Dockerfile", ".dockerignore", "tests/lab/image/")
 
 # What each target is about, as beginnings of paths, cheapest target first. `check` is wanted for every change.
@@ -33,7 +34,7 @@ INPUTS: dict[str, tuple[str, ...]] = {
     "test-page": ("usbip_plugin/observe/", "tests/page/"),
     "test-deploy": ("release/", ".github/", "deploy/", "rbac/", "examples/", "tests/deploy/", "tests/rigs/"),
     "test-apiserver": (*LOCKS, *OUTSIDE, "tests/apiserver/", "tests/rigs/", "tests/lab/cluster/build.sh"),
-    "test-kernel": (*DEVICES, "tests/kernel/", "tests/rigs/", "tests/lab/guest/"),
+    "test-kernel": (*DEVICES, *EXPORTER, "tests/kernel/", "tests/rigs/", "tests/lab/guest/"),
     "test-image": (*IMAGE, "tests/image/"),
     "test-node": (*DEVICES, *IMAGE, "deploy/", "tests/node/", "tests/rigs/", "tests/kernel/", "tests/lab/"),
     "test-kubelet": (*OUTSIDE, *IMAGE, "usbip_plugin/attach/", "usbip_sim/", "tests/e2e/", "tests/lab/cluster/"),
