@@ -79,6 +79,22 @@ async def test_a_device_whose_pod_ends_during_a_cut_is_free_again() -> None:
         await free_again(c, device)
 
 
+@stepped
+async def test_each_cut_of_a_device_that_always_comes_from_the_same_port_is_recovered_from() -> None:
+    async with one_stick(nodes=1) as (c, _lab, device):
+        sources = set()
+        for _ in range(3):
+            a = await c.taken(device)
+            sources.add(source_of(c, device))
+            cut(c, a, device)
+            await asyncio.sleep(CUT_S / 2)
+            a.end(pod("p"))
+            await asyncio.sleep(CUT_S / 2)
+            await mend(c, a, device)
+            await free_again(c, device)
+        assert len(sources) == 1
+
+
 @pytest.mark.parametrize("ends", [False, True], ids=["pod stays", "pod ends"])
 @stepped
 async def test_the_successor_of_a_plugin_killed_during_a_cut_gets_the_device_back(ends: bool) -> None:

@@ -126,6 +126,9 @@ class HalfOpenConnections:
 
     def _look(self, device_id: str) -> bool:
         """Notes whether this node may have a half-open connection for a device, and returns that."""
+        lock = self._locks.locks.get(device_id)
+        if lock is not None and (lock.holder, lock.boot_id) == (self._me.node, self._me.boot_id):
+            self._tries.pop(device_id, None)  # there may be a new connection from the same port soon
         source, tries = self._source(device_id), self._tries.get(device_id)
         next_at = tries.next_at if tries is not None and tries.source == source else 0.0
         if source is None or math.isinf(next_at):
@@ -151,16 +154,17 @@ class HalfOpenConnections:
         tries, next_at = self._tries.get(key.id), math.inf
         known = tries is not None and tries.source == source
         waits = tries.waits if tries is not None and known else backoff(self._rng, FIRST_WAIT, MAX_WAIT)
-        extra = {"device": str(key), "source": str(source)}
         try:
             if await self._client.end_half_open(key.server, source, timeout=CONNECT_TIMEOUT):
-                log.info("old connection to the server ended", extra=extra)
+                log.info("old connection to the server ended", extra={"device": str(key), "source": str(source)})
                 self._poller.poll_soon(key.server)
         except SourceNotLocal as error:
             if lock.holder:  # otherwise another node may have had the device
-                log.warning("old connection to the server cannot be ended", extra={**extra, "cause": str(error)})
+                extra = {"device": str(key), "source": str(source), "cause": str(error)}
+                log.warning("old connection to the server cannot be ended", extra=extra)
         except UsbipError as error:
-            log.debug("old connection to the server not ended yet", extra={**extra, "cause": str(error)})
+            extra = {"device": str(key), "source": str(source), "cause": str(error)}
+            log.debug("old connection to the server not ended yet", extra=extra)
             next_at = self._clock.monotonic() + next(waits)
         self._tries = {device_id: one for device_id, one in self._tries.items() if device_id in self._locks.locks}
         self._tries[key.id] = _Tries(source, next_at, waits)
