@@ -36,10 +36,10 @@ from usbip_plugin.errors import (
     WrongDevice,
 )
 from usbip_plugin.locks.manager import LockManager, LockSettings
-from usbip_plugin.model import DeviceKey, NodeIdentity, ServerKey, UsbId
+from usbip_plugin.model import DeviceKey, Endpoint, NodeIdentity, ServerKey, UsbId
 from usbip_plugin.usbip import wire
 from usbip_plugin.usbip.client import TcpUsbipClient
-from usbip_plugin.usbip.connect import Connector
+from usbip_plugin.usbip.connect import Connector, Source
 from usbip_plugin.usbip.identify import DeviceIdentity
 from usbip_plugin.usbip.wire import ImportReply, encode_devlist_reply, encode_import_reply
 from usbip_plugin.vhci.sysfs import PortStatus
@@ -63,13 +63,34 @@ MEMORY = 512 * 1024
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
+@dataclass(frozen=True)
+class MaliciousSource:
+    """A source port of Malicious, of which only the name is real."""
+
+    dialler: Malicious
+    server: ServerKey
+    endpoint: Endpoint
+
+    async def connect(self) -> socket.socket:
+        return await self.dialler.connect(self.server)
+
+    def close(self) -> None:
+        pass
+
+
 @dataclass
-class Malicious(Connector):
-    """A connector to a server that is a coroutine. given: the client's ends of all connections."""
+class Malicious:
+    """A Dialler to a server that is a coroutine. given: the client's ends of all connections."""
 
     handle: Handler
     given: list[socket.socket] = field(default_factory=list)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+    async def bind(self, server: ServerKey, _last: Endpoint | None = None) -> Source:
+        return MaliciousSource(self, server, Endpoint("127.0.0.1", 1))
+
+    async def end_half_open(self, _server: ServerKey, _source: Endpoint) -> bool:
+        return False
 
     def close(self) -> None:
         for task in self.tasks:
