@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, Self, TypeAlias, TypeVar
 
 from usbip_plugin.clock import Clock
 
@@ -17,6 +17,29 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+
+Steps: TypeAlias = Generator[None, None, T]
+"""A long computation that yields often, at the latest after a millisecond, and returns its result."""
+SLICE_S = 0.002
+"""Seconds for which in_slices() computes before the event loop may do other work; the last step may exceed it."""
+PAUSE_S = 0.008
+"""Seconds between two slices. The computation then takes at most a fifth of the event loop."""
+
+
+async def in_slices(steps: Steps[T], clock: Clock) -> T:
+    """Returns the result of a computation that other work of the event loop must not wait for. Cancel-safe."""
+    try:
+        while True:
+            until = clock.monotonic() + SLICE_S
+            while clock.monotonic() < until:
+                next(steps)
+            await clock.sleep(PAUSE_S)
+    except StopIteration as end:
+        result: T = end.value
+        return result
+    finally:
+        steps.close()
 
 
 async def done_within(clock: Clock, seconds: float, wait: Awaitable[object]) -> bool:

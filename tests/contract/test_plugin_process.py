@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import asyncio.sslproto
+import contextlib
 import errno
 import json
 import signal
@@ -221,7 +222,7 @@ def test_a_late_event_loop_is_not_alive(monkeypatch: pytest.MonkeyPatch, places:
     async def story(node: Node) -> None:
         await offered(node)
         status, text = await node.get("/healthz")
-        assert (status, text.startswith("event loop: no heartbeat for ")) == (503, True)
+        assert (status, text.startswith("event loop: no turn for ")) == (503, True)
         assert [line[:10] for line in (await node.get_json("/api/status"))["not_alive"]] == ["event loop"]
 
     assert run(monkeypatch, places, story)[0] == 0
@@ -264,6 +265,36 @@ def test_an_empty_address_starts_no_http_server_and_either_signal_ends_the_proce
     assert (status, err) == (0, "")
     assert "warn  simulated kernel in use, no USB device is attached socket=" in out
     assert "info  resource registered resource=usbip.dev/stick" in out
+
+
+def test_probes_have_an_address_of_their_own_that_visitors_of_the_pages_cannot_keep_busy(
+    monkeypatch: pytest.MonkeyPatch, places: Places, unused_tcp_port: int
+) -> None:
+    async def story(node: Node) -> None:
+        await offered(node)
+        with contextlib.ExitStack() as stack:
+            for number in range(2, 40):
+                for _ in range(4):
+                    sock = stack.enter_context(socket.socket())
+                    sock.bind((f"127.0.0.{number}", 0))
+                    sock.setblocking(False)
+                    await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", places.page))
+                    sock.send(b"GET / HTTP/1.1\r\nHost: ")
+            for path in ("/healthz", "/readyz"):
+                assert await node.get(path, unused_tcp_port) == (200, "ok\n")
+            for path in ("/", "/metrics", "/api/devices"):
+                assert (await node.get(path, unused_tcp_port))[0] == 404
+        assert (await node.get("/healthz")) == (200, "ok\n"), "as before there were two addresses"
+
+    assert run(monkeypatch, places, story, flags=("--probes", f"127.0.0.1:{unused_tcp_port}"))[0] == 0
+
+
+@pytest.mark.parametrize("flag", ["--listen", "--probes"])
+def test_an_address_that_is_not_valid_is_an_error_of_the_command_line(
+    places: Places, capsys: pytest.CaptureFixture[str], flag: str
+) -> None:
+    assert main(["run", *places.flags(), flag, "8080"]) == Exit.USAGE
+    assert f"{flag}: '8080' is not a valid listen address" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("works", [True, False])

@@ -27,7 +27,9 @@ from usbip_plugin.config.schema import (
     DEFAULT_POD_RESOURCES_SOCKET,
     Config,
 )
-from usbip_plugin.observe.http import Verdict, split_listen, standard_pages
+from usbip_plugin.observe.http import split_addresses
+from usbip_plugin.observe.liveness import Verdict
+from usbip_plugin.observe.pages import probe_pages
 from usbip_plugin.vhci import linux
 
 RECORDS = str(linux.RECORDS)
@@ -83,7 +85,7 @@ def test_the_command_lines_are_valid(tools: Tools, host_ip: str, capsys: pytest.
                 pytest.fail(f"{where}: {arguments}: {capsys.readouterr().err}")
             commands.add(options.command)
             if options.command == "run":
-                assert_served(container, {"http": options.listen}, host_ip)
+                assert_served(container, {"http": options.listen, "probes": options.probes}, host_ip)
             if options.command == "export":
                 assert_served(container, {"usbip": options.listen, "http": options.http}, host_ip)
     assert commands == {"run", "simulate", "export"}
@@ -93,15 +95,18 @@ def assert_served(container: Object, addresses: dict[str, str], host_ip: str) ->
     """Asserts that a container on the host's network names exactly the ports at which it listens."""
     assert {port["name"] for port in container["ports"]} == addresses.keys()
     for port in container["ports"]:
-        assert split_listen(addresses[port["name"]]) == (host_ip, port["containerPort"])
-        assert port["containerPort"] == port["hostPort"]
+        hosts, numbers = zip(*split_addresses(addresses[port["name"]]), strict=True)
+        assert hosts[-1] == port.get("hostIP", host_ip)
+        assert {*hosts} <= {"127.0.0.1", host_ip}
+        assert {*numbers} == {port["containerPort"]} == {port["hostPort"]}
 
 
 def test_probes_request_pages_that_are_served(tools: Tools) -> None:
     container = plugin_container(tools)
-    pages = standard_pages(alive=lambda: Verdict(ok=True), ready=lambda: Verdict(ok=True), metrics=lambda: (b"", ""))
+    pages = probe_pages(alive=lambda: Verdict(ok=True), ready=lambda: Verdict(ok=True))
     probes = {kind: container[kind]["httpGet"] for kind in ("startupProbe", "livenessProbe", "readinessProbe")}
-    assert all(probe["path"] in pages and probe["port"] == "http" for probe in probes.values())
+    assert all(probe["path"] in pages for probe in probes.values())
+    assert {(probe["host"], probe["port"]) for probe in probes.values()} == {("127.0.0.1", "probes")}
     assert probes["readinessProbe"]["path"] == "/readyz"
     assert probes["livenessProbe"]["path"] == "/healthz"
     (other,) = exporter(tools)["containers"]

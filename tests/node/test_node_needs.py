@@ -101,8 +101,8 @@ def test_without_the_hosts_network_a_pod_loses_its_device_with_the_plugins_pod(a
     spec = daemon_set(documents)["spec"]["template"]["spec"]
     spec["hostNetwork"] = False
     spec["containers"][0]["args"] = ["run", "--listen=0.0.0.0:13240"]
-    for port in spec["containers"][0]["ports"]:
-        del port["hostPort"]
+    for name in ("ports", "startupProbe", "livenessProbe", "readinessProbe"):  # of the host's network
+        del spec["containers"][0][name]
     base.install(documents)
     try:
         user = admitted(api, pod_of("user", POD_SCRIPT, resources={RESOURCE: "1"}))

@@ -21,10 +21,13 @@ from usbip_plugin.kubelet import deviceplugin_pb2 as pb
 from usbip_plugin.kubelet.deviceplugin_pb2_grpc import DevicePluginStub
 from usbip_plugin.model import DeviceKey, Endpoint, PodRef, Reason, ServerKey, UsbId
 from usbip_plugin.node.status import config_failed, config_loaded, status_of
-from usbip_plugin.observe.http import HttpServer, Site, Verdict, standard_pages
+from usbip_plugin.observe.http import HttpServer
+from usbip_plugin.observe.liveness import Verdict
 from usbip_plugin.observe.metrics import Metrics
+from usbip_plugin.observe.pages import Site, probe_pages
 from usbip_plugin.observe.status import NodeReport
 from usbip_plugin.observe.tracing import RecentSpans, Tracing
+from usbip_plugin.sync import Steps
 from usbip_plugin.usbip.client import TcpUsbipClient
 from usbip_plugin.usbip.connect import Connector, Source
 from usbip_sim.server.server import VirtualServer
@@ -74,20 +77,22 @@ class Watched:
         self.poison: list[NodeReport] = []
         """The last item is shown instead of the node's status."""
 
-    def status(self) -> NodeReport:
+    def status(self) -> Steps[NodeReport]:
         if self.poison:
             return self.poison[-1]
         agent = self.a.agent
         assert agent is not None
-        return status_of(
-            agent,
-            node="node-a",
-            domain="usbip.dev",
-            clock=self._clock,
-            started=self._started,
-            config=self.config,
-            ready=Verdict(ok=agent.ready),
-            alive=Verdict(ok=True),
+        return (
+            yield from status_of(
+                agent,
+                node="node-a",
+                domain="usbip.dev",
+                clock=self._clock,
+                started=self._started,
+                config=self.config,
+                ready=Verdict(ok=agent.ready),
+                alive=Verdict(ok=True),
+            )
         )
 
     def break_config(self) -> None:
@@ -175,9 +180,9 @@ async def watched() -> AsyncIterator[Watched]:
                 await rig.known(node, key, Reason.FREE)
             for resource in CONFIG.resources:
                 await node.until(resource.name, lambda devices: bool(devices) and all(devices.values()))
-        site = Site(rig.status, recent)
-        pages = standard_pages(alive=lambda: Verdict(ok=True), ready=lambda: Verdict(ok=True), metrics=Metrics().render)
-        http = HttpServer("127.0.0.1:0", {**pages, **site.pages()}, site.below())
+        site = Site(rig.status, Metrics().render, recent, setup.clock)
+        pages = probe_pages(alive=lambda: Verdict(ok=True), ready=lambda: Verdict(ok=True))
+        http = HttpServer("127.0.0.1:0", {**pages, **site.pages()}, setup.clock, below=site.below())
         serving = asyncio.create_task(http.run())
         await http.started.wait()
         rig.url = f"http://127.0.0.1:{http.port}/"

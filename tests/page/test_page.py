@@ -8,6 +8,7 @@ from typing import Any
 
 from tests.page.browser import Browser, Tab
 from tests.page.page_rig import CAMERA_1, DONGLE_1, PROBE_1, PROBE_2, Watched, busy_day
+from tests.rigs.tasks import result_of
 from usbip_plugin.model import PodRef, Reason
 from usbip_plugin.observe.tracing import KeptSpan, SpanRecord
 
@@ -144,7 +145,7 @@ async def test_an_unreachable_plugin_is_shown_and_its_last_status_stays(rig: Wat
 
 def poisoned(rig: Watched, text: str) -> None:
     """Puts this text into every field that the page shows."""
-    real = rig.status()
+    real = result_of(rig.status())
     texts: dict[str, Any] = {
         field.name: text for field in dataclasses.fields(real.devices[0]) if "str" in str(field.type)
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 
 from usbip_plugin.clock import SystemClock
@@ -28,3 +29,21 @@ class SteppedClock(SystemClock):
 
     def monotonic(self) -> float:
         return self.time
+
+
+class HeldClock(SystemClock):
+    """A clock whose timeouts end only when a test says so. timeouts: all that have begun, with their seconds."""
+
+    def __init__(self) -> None:
+        self.timeouts: list[tuple[float, asyncio.Timeout]] = []
+
+    def timeout(self, seconds: float) -> contextlib.AbstractAsyncContextManager[object]:
+        self.timeouts.append((seconds, asyncio.timeout(None)))
+        return self.timeouts[-1][1]
+
+    def expire(self, seconds: float) -> None:
+        """Ends the blocks that are limited to this many seconds."""
+        for limit, timeout in self.timeouts:
+            if limit == seconds:
+                with contextlib.suppress(RuntimeError):  # its block has ended
+                    timeout.reschedule(asyncio.get_running_loop().time())

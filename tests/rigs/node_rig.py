@@ -94,9 +94,9 @@ class Node:
     def leases(self) -> MemoryBackend:
         return self.api.leases[NAMESPACE]
 
-    async def get(self, path: str) -> tuple[int, str]:
-        """Returns status and body of a page of the plugin."""
-        url = f"http://127.0.0.1:{self.places.page}{path}"
+    async def get(self, path: str, port: int | None = None) -> tuple[int, str]:
+        """Returns status and body of a page of the plugin. port: None for the one of all pages."""
+        url = f"http://127.0.0.1:{port or self.places.page}{path}"
         async with aiohttp.ClientSession() as session, session.get(url) as answer:
             return answer.status, await answer.text()
 

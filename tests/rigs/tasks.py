@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from usbip_plugin.sync import Steps
 from usbip_sim.virtual.loop import run
 
 P = ParamSpec("P")
@@ -26,6 +27,16 @@ async def background(coroutine: Coroutine[Any, Any, None]) -> AsyncIterator[asyn
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task
+
+
+def result_of(steps: Steps[T]) -> T:
+    """Returns the result of a computation in steps, all at once."""
+    try:
+        while True:
+            next(steps)
+    except StopIteration as end:
+        result: T = end.value
+        return result
 
 
 def virtual_with(

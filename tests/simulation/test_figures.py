@@ -14,6 +14,7 @@ import pytest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.rigs.tasks import result_of
 from tests.simulation.cluster_rig import LOCKS, Cluster, agent, cluster, key, pod, resource, server, spec, stick
 from usbip_plugin.config.schema import Config
 from usbip_plugin.errors import KubeConflict
@@ -50,7 +51,7 @@ class Measured:
         return self.figures[node].observer
 
     def families(self, node: str) -> Iterator[Metric]:
-        yield from text_string_to_metric_families(self.metrics[node].render()[0].decode())
+        yield from text_string_to_metric_families(result_of(self.metrics[node].render())[0].decode())
 
     def value(self, node: str, name: str, **labels: str) -> float | None:
         """Returns the value of a sample, None if there is none. name: without the prefix."""
@@ -362,7 +363,7 @@ async def test_labels_are_few_and_name_no_device_and_no_pod() -> None:
     lab = server("lab", stick("1-1"), stick("1-2"))
     async with measured(spec([lab])) as (c, m):
         await live(c, m, lab)
-        text = m.metrics[A].render()[0].decode()
+        text = result_of(m.metrics[A].render())[0].decode()
         for private in (key(lab, "1-1").id, "1-1", "1-2", "uid-of-p"):
             assert private not in text
         sizes = []

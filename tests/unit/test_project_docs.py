@@ -14,6 +14,7 @@ import pytest
 import yaml
 from reference import KNOWN, export_keys, keys
 
+from tests.rigs.tasks import result_of
 from usbip_plugin import claims
 from usbip_plugin.claims import TRANSITIONS, ClaimState
 from usbip_plugin.cli.parser import parser
@@ -183,7 +184,7 @@ def test_the_metrics_named_in_the_documents_exist() -> None:
     exposed = Metrics()
     exposed.devices("r", ())
     exposed.add(NodeCollector(lambda: NodeReading(version="1", ready=True)))
-    text = exposed.render()[0].decode()
+    text = result_of(exposed.render())[0].decode()
     for document in DOCUMENTS:
         for name in re.findall(r"`(\w*device_plugin_\w+)`", document.read_text(encoding="utf-8")):
             assert name in text

@@ -113,6 +113,17 @@ def _driver_of(options: argparse.Namespace) -> MakeDriver:
     return simulated
 
 
+def _addresses(flag: str, listen: str) -> str:
+    from usbip_plugin.observe.http import split_addresses  # noqa: PLC0415
+
+    try:
+        if listen:
+            split_addresses(listen)
+    except ValueError as error:
+        raise ConfigError("command line", [f"--{flag}: {error}"]) from error
+    return listen
+
+
 def _process_options(options: argparse.Namespace, settings: FileSettings) -> Options:
     from usbip_plugin.node.daemon import Options  # noqa: PLC0415
 
@@ -125,7 +136,8 @@ def _process_options(options: argparse.Namespace, settings: FileSettings) -> Opt
         pod_resources_socket=Path(
             _first(options.pod_resources_socket, settings.pod_resources_socket, DEFAULT_POD_RESOURCES_SOCKET)
         ),
-        listen=_first(getattr(options, "listen", None), settings.listen, DEFAULT_LISTEN),
+        listen=_addresses("listen", _first(getattr(options, "listen", None), settings.listen, DEFAULT_LISTEN)),
+        probes=_addresses("probes", getattr(options, "probes", "")),
         kubeconfig=options.kubeconfig,
         cdi_directory=options.cdi_directory,
         allow_extras=options.allow_extras,

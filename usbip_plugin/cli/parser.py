@@ -121,8 +121,10 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="run the plugin on this node")
     _node_flags(run)
-    listen = f"address of the status page, health and metrics; '' disables them (default {DEFAULT_LISTEN})"
-    run.add_argument("--listen", metavar="ADDRESS", help=listen)
+    listen = f"addresses of the status page, health and metrics; '' disables them (default {DEFAULT_LISTEN})"
+    run.add_argument("--listen", metavar="ADDRESS[,...]", help=listen)
+    probes = "addresses of /healthz and /readyz alone, which visitors of the other pages cannot block (default none)"
+    run.add_argument("--probes", metavar="ADDRESS[,...]", default="", help=probes)
     run.add_argument("--log-level", choices=LOG_LEVELS, help=f"lowest level to log (default {DEFAULT_LOG_LEVEL})")
     run.add_argument("--log-format", choices=("json", "text"), default="json", help="log format (default %(default)s)")
 

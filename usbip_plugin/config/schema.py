@@ -95,7 +95,7 @@ DEFAULT_PLUGIN_DIRECTORY = "/var/lib/kubelet/device-plugins"
 DEFAULT_POD_RESOURCES_SOCKET = "/var/lib/kubelet/pod-resources/kubelet.sock"
 DEFAULT_CDI_DIRECTORY = "/var/run/cdi"
 DEFAULT_LOG_LEVEL = "info"
-DEFAULT_LISTEN = ":8080"
+DEFAULT_LISTEN = "127.0.0.1:8080"
 LOG_LEVELS = ("all", "debug", "info", "warn", "error", "none")
 
 DEFAULT_LOCK_DURATION_S = 40.0

@@ -28,16 +28,9 @@ from usbip_plugin.exporter.report import ExportedRow, ExportState, exported_rows
 from usbip_plugin.exporter.server import Dropped, ExportServer, listen
 from usbip_plugin.exporter.state import Export, StateFile
 from usbip_plugin.exporter.sysfs import SysfsHost
-from usbip_plugin.observe.http import (
-    JSON,
-    Answer,
-    Heartbeat,
-    HttpServer,
-    PageHandler,
-    Verdict,
-    split_listen,
-    standard_pages,
-)
+from usbip_plugin.observe.http import Answer, HttpServer, PageHandler, split_listen
+from usbip_plugin.observe.liveness import Loop, Verdict, liveness
+from usbip_plugin.observe.pages import JSON, Paced, probe_pages
 from usbip_plugin.sync import leaves, start_task
 from usbip_plugin.vhci.uevents import NetlinkUevents
 
@@ -114,7 +107,7 @@ class _Process:
         self._in_file = loaded.config.start_only()
         self._counts = ExporterCounts()
         self._metrics = ExporterMetrics(__version__, self._counts, self._reading)
-        self._heartbeat = Heartbeat(clock, BEAT_WITHIN_S)
+        self._beat_at: float | None = None
         self._notifier = ServiceNotifier(os.environ)
         self._binder = Binder(host, clock, loaded.config.export)
         state = StateFile(options.state_directory)
@@ -142,7 +135,8 @@ class _Process:
                 tasks.create_task(self._settle(), name="settling"),
             ]
             if self._options.http:
-                running.append(tasks.create_task(HttpServer(self._options.http, self._pages()).run(), name="HTTP"))
+                server = HttpServer(self._options.http, self._pages(), self._clock)
+                running.append(tasks.create_task(server.run(), name="HTTP"))
             await stop.wait()
             log.info("stopping; devices stay bound, connections stay with the kernel")
             self._notifier.send(STOPPING)
@@ -159,7 +153,7 @@ class _Process:
     async def _beat(self) -> None:
         status = ""
         while True:
-            self._heartbeat.beat()
+            self._beat_at = self._clock.monotonic()
             self._notifier.alive()
             if self._exports.ready.is_set() and status != (status := self._status()):
                 self._notifier.send(status)
@@ -209,8 +203,15 @@ class _Process:
         self._counts.refused[why] += 1
 
     def _pages(self) -> dict[str, PageHandler]:
-        pages = standard_pages(alive=self._heartbeat.verdict, ready=self._ready, metrics=self._metrics.render)
-        return {**pages, "/exported": self._exported}
+        pages: dict[str, PageHandler] = {
+            "/metrics": lambda: Answer(*self._metrics.render()),
+            "/exported": self._exported,
+        }
+        probes = probe_pages(self._alive, self._ready)
+        return {**probes, **{path: Paced(page, self._clock) for path, page in pages.items()}}
+
+    def _alive(self) -> Verdict:
+        return liveness({"event loop": Loop(self._beat_at, BEAT_WITHIN_S)}, self._clock.monotonic())
 
     def _ready(self) -> Verdict:
         ready = self._exports.ready.is_set()

@@ -31,11 +31,13 @@ from usbip_plugin.node.agent import Agent, AgentDependencies
 from usbip_plugin.node.memory import small_tls_buffers, trim_after_start, trim_heap
 from usbip_plugin.node.metrics import AgentMetrics, DropCounts
 from usbip_plugin.node.status import config_failed, config_loaded, status_of
-from usbip_plugin.observe.http import Heartbeat, HttpServer, Site, Verdict, standard_pages
+from usbip_plugin.observe.http import HttpServer
+from usbip_plugin.observe.liveness import Loop, Verdict, liveness
 from usbip_plugin.observe.metrics import Metrics
+from usbip_plugin.observe.pages import Site, probe_pages
 from usbip_plugin.observe.status import NodeReport
 from usbip_plugin.observe.tracing import Tracing
-from usbip_plugin.sync import leaves
+from usbip_plugin.sync import Steps, leaves
 from usbip_plugin.usbip.client import TcpUsbipClient
 from usbip_plugin.vhci.driver import VhciDriver
 
@@ -55,7 +57,7 @@ class Options:
 
     namespace: the namespace of the Leases.
     domain: the domain of the resource names.
-    listen: the address of the HTTP server, "" for none.
+    listen: the addresses of all pages, "" for none. probes: those of the pages for probes alone.
     kubeconfig: its path, None to find the API server as kube.client.connect does.
     allow_extras: as parse_config has it.
     """
@@ -67,6 +69,7 @@ class Options:
     plugin_directory: Path
     pod_resources_socket: Path
     listen: str
+    probes: str = ""
     kubeconfig: str | None = None
     cdi_directory: Path = Path(DEFAULT_CDI_DIRECTORY)
     allow_extras: Sequence[str] = DEFAULT_ALLOW_EXTRAS
@@ -139,7 +142,7 @@ class _Process:
         self._recent = tracing.recent
         self._config_report = config_loaded(options.config, loaded.config, loaded.warnings, clock.now())
         self._started = clock.monotonic()
-        self._heartbeat = Heartbeat(clock, BEAT_WITHIN)
+        self._beat_at: float | None = None
         observer = replace(agent_metrics.observer, on_notice=self._notice)
         self.agent = Agent(outside, loaded.config, domain=options.domain, observer=observer)
         losses = DropCounts(
@@ -170,20 +173,26 @@ class _Process:
                 tasks.create_task(self._beat(), name="heartbeat"),
                 tasks.create_task(self._settle(), name="settling"),
             ]
-            if self._options.listen:
-                pages = standard_pages(alive=self._heartbeat.verdict, ready=self._ready, metrics=self._metrics.render)
-                site = Site(self._status, self._recent)
-                server = HttpServer(self._options.listen, {**pages, **site.pages()}, site.below())
-                running.append(tasks.create_task(server.run(), name="HTTP"))
+            running += [tasks.create_task(server.run(), name="HTTP") for server in self._http()]
             log.info("running", extra={"version": __version__, "node": self._options.node})
             await stop.wait()
             log.info("stopping; attachments and locks stay for the next process")
             for task in running:
                 task.cancel()
 
+    def _http(self) -> Iterable[HttpServer]:
+        """Yields the servers. The probes have one of their own: the peers of the other pages cannot make them fail."""
+        probes, names = probe_pages(self._alive, self._ready), (self._options.node,)
+        if self._options.probes:
+            yield HttpServer(self._options.probes, probes, self._clock, names=names)
+        if self._options.listen:
+            site = Site(self._status, self._metrics.render, self._recent, self._clock)
+            pages = {**probes, **site.pages()}
+            yield HttpServer(self._options.listen, pages, self._clock, below=site.below(), names=names)
+
     async def _beat(self) -> None:
         while True:
-            self._heartbeat.beat()
+            self._beat_at = self._clock.monotonic()
             await self._clock.sleep(BEAT_INTERVAL)
 
     async def _settle(self) -> None:
@@ -195,6 +204,10 @@ class _Process:
         else:
             log.debug("startup memory released")
 
+    def _alive(self) -> Verdict:
+        loops = {"event loop": Loop(self._beat_at, BEAT_WITHIN)}
+        return liveness(loops, self._clock.monotonic())
+
     def _ready(self) -> Verdict:
         if self.agent.ready:
             return Verdict(ok=True)
@@ -204,7 +217,7 @@ class _Process:
             lines.append(f"locks not read: {self.agent.locks.api.error or 'waiting'}")
         return Verdict(ok=False, lines=tuple(lines))
 
-    def _status(self) -> NodeReport:
+    def _status(self) -> Steps[NodeReport]:
         return status_of(
             self.agent,
             node=self._options.node,
@@ -213,7 +226,7 @@ class _Process:
             started=self._started,
             config=self._config_report,
             ready=self._ready(),
-            alive=self._heartbeat.verdict(),
+            alive=self._alive(),
         )
 
     def _notice(self, notice: DeviceEvent) -> None:

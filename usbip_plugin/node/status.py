@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -13,8 +14,9 @@ from usbip_plugin.config.schema import Config
 from usbip_plugin.errors import ConfigError
 from usbip_plugin.model import Advertised
 from usbip_plugin.node.agent import Agent
-from usbip_plugin.observe.http import Verdict
+from usbip_plugin.observe.liveness import Verdict
 from usbip_plugin.observe.status import ConfigReport, DeviceRow, LocksReport, NodeReport, RegistrationRow, ServerRow
+from usbip_plugin.sync import Steps
 from usbip_plugin.usbip.poller import ServerState
 
 
@@ -28,8 +30,12 @@ def status_of(
     config: ConfigReport,
     ready: Verdict,
     alive: Verdict,
-) -> NodeReport:
+) -> Steps[NodeReport]:
     """Returns the state of the node as it is now. started: when the process began, by clock.monotonic()."""
+    devices = []
+    for row in device_rows(agent, domain):
+        devices.append(row)
+        yield
     now = clock.monotonic()
     return NodeReport(
         node=node,
@@ -38,7 +44,7 @@ def status_of(
         uptime=now - started,
         not_ready=() if ready.ok else ready.lines or ("not ready",),
         not_alive=() if alive.ok else alive.lines or ("not alive",),
-        devices=device_rows(agent, domain),
+        devices=tuple(devices),
         servers=_servers(agent, now),
         registrations=tuple(
             RegistrationRow(name, plugin.registered, plugin.registrations, plugin.error)
@@ -49,13 +55,11 @@ def status_of(
     )
 
 
-def device_rows(agent: Agent, domain: str) -> tuple[DeviceRow, ...]:
-    """Returns a row for each resource and device that this node offers."""
-    return tuple(
-        _device(agent, domain, resource, device)
-        for resource, devices in sorted(agent.inventory.advertised.items())
-        for device in sorted(devices, key=lambda one: one.key)
-    )
+def device_rows(agent: Agent, domain: str) -> Iterator[DeviceRow]:
+    """Yields a row for each resource and device that this node offers."""
+    for resource, devices in sorted(agent.inventory.advertised.items()):
+        for device in sorted(devices, key=lambda one: one.key):
+            yield _device(agent, domain, resource, device)
 
 
 def _device(agent: Agent, domain: str, resource: str, device: Advertised) -> DeviceRow:

@@ -1,101 +1,139 @@
-"""The HTTP server and its pages: liveness, readiness, metrics and status. The status page is loaded on first use."""
+"""The HTTP server of the pages, which no peer can use to stop the plugin or to fill its memory.
+
+It serves GET and HEAD, one request a connection, within the bounds below. A peer that does not keep to them costs a
+closed connection and one counted line in the log.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import json
+import contextlib
+import ipaddress
+import logging
+import os
 import re
-from collections.abc import Awaitable, Callable, Mapping
+import socket
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
-
-from aiohttp.web_request import BaseRequest
-from aiohttp.web_response import Response
-from aiohttp.web_server import Server
+from functools import partial
+from http import HTTPStatus
+from typing import Any
+from urllib.parse import unquote
 
 from usbip_plugin.clock import Clock
 
-if TYPE_CHECKING:
-    from usbip_plugin.observe.page import Page
-    from usbip_plugin.observe.status import NodeReport
-    from usbip_plugin.observe.tracing import RecentSpans  # the SDK of OpenTelemetry, which the exporter does not load
+log = logging.getLogger(__name__)
 
-SHUTDOWN_S = 0.5
-"""Seconds that requests under way have to finish when the server stops."""
-JSON = "application/json"
+MAX_CONNECTIONS, MAX_PER_PEER = 64, 4
+"""Connections that are open at a time, in all and from one peer."""
+MAX_HEADER_BYTES = 8 * 1024
+"""Bytes of a request with its headers. A browser sends 1 KiB."""
+HEADERS_S = 5.0
+"""Seconds in which a request must be complete."""
+ANSWER_S = 30.0
+"""Seconds from then on in which the answer must be made and read."""
+SEND_BUFFER_BYTES, RECEIVE_BUFFER_BYTES = 64 * 1024, 16 * 1024
+"""Bytes of the kernel's buffers for a connection. Its defaults would hold megabytes for a peer that does not read."""
+PIECE_BYTES = 32 * 1024
+"""Bytes of an answer that are sent in one turn of the event loop, to all peers together."""
+BACKLOG = 64
+"""Connections that the kernel keeps while the event loop is busy."""
+ACCEPT_S = 0.002
+"""Seconds between two connections. A flood of them takes a tenth of the event loop; the rest waits in the kernel."""
+ACCEPT_PAUSE_S = 1.0
+"""Seconds until the next try after a connection could not be accepted, for instance for lack of file descriptors."""
+
 TEXT = "text/plain; charset=utf-8"
 METHODS = ("GET", "HEAD")
-HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+END = b"\r\n\r\n"
+HEADERS = {
+    "Connection": "close",
+    "Cache-Control": "no-store",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The answer of a page. content_type may include a charset."""
+    """The answer to a request. content_type may include a charset."""
 
     body: bytes
     content_type: str = TEXT
-    status: int = 200
+    status: int = HTTPStatus.OK
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """The result of a check. lines: why it is not ok, one reason a line."""
-
-    ok: bool
-    lines: tuple[str, ...] = ()
+def encoded(answer: Answer) -> bytes:
+    """Returns the status line and the headers of an answer."""
+    status = HTTPStatus(answer.status)
+    headers = {"Content-Type": answer.content_type, "Content-Length": len(answer.body), **HEADERS, **answer.headers}
+    lines = [f"HTTP/1.1 {status.value} {status.phrase}", *(f"{name}: {value}" for name, value in headers.items())]
+    return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
 
 PageHandler = Callable[[], Answer | Awaitable[Answer]]
-"""Called in the event loop for every request. Must not block and must not raise."""
+"""Called in the event loop for every request. Must not block."""
 
 
-class Heartbeat:
-    """Liveness of the event loop: it is stuck if beat() has not been called for more than `within` seconds."""
-
-    def __init__(self, clock: Clock, within: float) -> None:
-        self._clock = clock
-        self._within = within
-        self._last: float | None = None
-
-    def beat(self) -> None:
-        """Records that the loop runs. Before the first beat nothing is expected."""
-        self._last = self._clock.monotonic()
-
-    def verdict(self) -> Verdict:
-        silent = self._clock.monotonic() - self._last if self._last is not None else 0.0
-        if silent <= self._within:
-            return Verdict(ok=True)
-        line = f"event loop: no heartbeat for {silent:.1f} s, expected one every {self._within:g} s"
-        return Verdict(ok=False, lines=(line,))
+class BadRequest(ValueError):
+    """A request that is not valid HTTP/1.x, or larger than MAX_HEADER_BYTES. The text says why."""
 
 
-def verdict_page(verdict: Callable[[], Verdict]) -> PageHandler:
-    """Returns a page that answers 200 "ok", or 503 with the reasons."""
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A request. path: decoded, without the query. host: the value of the Host header."""
 
-    def page() -> Answer:
-        result = verdict()
-        if result.ok:
-            return Answer(b"ok\n")
-        return Answer(("\n".join(result.lines or ("not ok",)) + "\n").encode(), status=503)
-
-    return page
+    method: str
+    path: str
+    host: str
 
 
-def standard_pages(
-    *,
-    alive: Callable[[], Verdict],
-    ready: Callable[[], Verdict],
-    metrics: Callable[[], tuple[bytes, str]],
-) -> dict[str, PageHandler]:
-    """Returns the pages by path. /health is the Go program's path for /healthz. metrics: Metrics.render."""
-    health = verdict_page(alive)
-    return {
-        "/healthz": health,
-        "/health": health,
-        "/readyz": verdict_page(ready),
-        "/metrics": lambda: Answer(*metrics()),
-    }
+_REQUEST_LINE = re.compile(r"([A-Z]{1,16}) (/[!-~]*) HTTP/1\.[01]")
+_HEADER_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*(.*?)[ \t]*")
+
+
+def parse_request(head: bytes) -> Request:
+    """Returns the request in its lines, which end with an empty one. Raises BadRequest."""
+    first, *lines = head.decode("latin-1").split("\r\n")[:-2]
+    request = _REQUEST_LINE.fullmatch(first)
+    headers = [_HEADER_LINE.fullmatch(line) for line in lines]
+    if request is None or None in headers:
+        raise BadRequest("not an HTTP request")
+    hosts = [header[2] for header in headers if header is not None and header[1].lower() == "host"]
+    if len(hosts) != 1:
+        raise BadRequest(f"expected one Host header, got {len(hosts)}")
+    return Request(request[1], unquote(request[2].partition("?")[0]), hosts[0])
+
+
+def is_served(host: str, names: Collection[str]) -> bool:
+    """Returns whether a Host header has an address, localhost or one of these names.
+
+    A page of another site cannot read this one by letting its own name point here (DNS rebinding).
+    """
+    bare = re.sub(r":[0-9]*$", "", host)
+    if bare.startswith("[") and bare.endswith("]"):
+        bare = bare[1:-1]
+    elif ":" in bare:
+        return False
+    try:
+        ipaddress.ip_address(bare)
+    except ValueError:
+        return bare.lower() in {"localhost", *(name.lower() for name in names)}
+    return True
+
+
+def peer_of(address: tuple[str, int] | tuple[str, int, int, int]) -> str:
+    """Returns what counts as one peer: an IPv4 address, or an IPv6 network of 64 bits, in which addresses are free."""
+    found = ipaddress.ip_address(address[0].partition("%")[0])
+    if isinstance(found, ipaddress.IPv4Address):
+        return str(found)
+    return str(found.ipv4_mapped or ipaddress.ip_network((found, 64), strict=False))
+
+
+def split_addresses(listen: str) -> tuple[tuple[str | None, int], ...]:
+    """Returns the hosts and ports of listen addresses with commas between them, see split_listen()."""
+    return tuple(map(split_listen, listen.split(",")))
 
 
 def split_listen(listen: str) -> tuple[str | None, int]:
@@ -113,54 +151,150 @@ def split_listen(listen: str) -> tuple[str | None, int]:
     return host or None, int(port)
 
 
-class HttpServer:
-    """HTTP server of the pages. Works only while run() runs.
+@dataclass(eq=False, slots=True)
+class Connection:
+    """A connection of a peer. received: the beginning of its request. waiting: whether that is not complete yet."""
 
-    listen: as split_listen() accepts it. Port 0 picks a free port.
+    sock: socket.socket
+    peer: str
+    received: bytearray = field(default_factory=bytearray)
+    waiting: bool = True
+    task: asyncio.Task[None] | None = None
+
+    def close(self) -> None:
+        """Ends the task, which closes the socket."""
+        if self.task is not None:
+            self.task.cancel()
+
+
+def in_the_way(connections: Collection[Connection], peer: str) -> tuple[Connection, ...] | None:
+    """Returns the connections of which the first must be closed before one of this peer is accepted; None if none must.
+
+    A connection that waits gives way to a new one: whoever sends a request at once is served, however many wait.
+    """
+    same = [one for one in connections if one.peer == peer]
+    if len(same) < MAX_PER_PEER and len(connections) < MAX_CONNECTIONS:
+        return None
+    return tuple(one for one in (same if len(same) >= MAX_PER_PEER else connections) if one.waiting)
+
+
+class HttpServer:
+    """HTTP server of pages. Works only while run() runs.
+
+    listen: as split_addresses() accepts it. Port 0 picks a free port.
     pages: by path.
     below: pages by the beginning of their path, which ends in "/"; called with the rest of the path.
+    names: host names under which pages are served, besides addresses, localhost and those in `listen`.
     started: set while the server serves.
-    port: the port that is bound, known once `started` is set.
+    port: the port that is bound, the first one of several, known once `started` is set.
     """
 
     def __init__(
-        self, listen: str, pages: Mapping[str, PageHandler], below: Mapping[str, Callable[[str], Answer]] | None = None
+        self,
+        listen: str,
+        pages: Mapping[str, PageHandler],
+        clock: Clock,
+        *,
+        below: Mapping[str, Callable[[str], Answer | Awaitable[Answer]]] | None = None,
+        names: Collection[str] = (),
     ) -> None:
-        self._host, self._port = split_listen(listen)
+        self._listen = split_addresses(listen)
         self._pages = dict(pages)
         self._below = dict(below or {})
+        self._clock = clock
+        self._names = (*names, *(host for host, _port in self._listen if host is not None))
+        self._open: dict[Connection, None] = {}
+        self._turn = asyncio.Lock()
         self.started = asyncio.Event()
         self.port = 0
 
     async def run(self) -> None:
-        """Serves until cancelled, then stops within about SHUTDOWN_S. Raises OSError if the address cannot be bound."""
-        loop = asyncio.get_running_loop()
-        server = Server(self._answer, access_log=None)
-        listener = await loop.create_server(server, self._host, self._port, reuse_address=True)
-        try:
-            self.port = int(listener.sockets[0].getsockname()[1])
+        """Serves until cancelled, then closes every connection. Raises OSError if an address cannot be bound."""
+        with contextlib.ExitStack() as stack:
+            listeners = []
+            for host, port in self._listen:
+                for family, address in await _addresses(host, port):
+                    listeners.append(stack.enter_context(_listening(family, address)))
+            self.port = int(listeners[0].getsockname()[1])
             self.started.set()
-            await loop.create_future()
-        finally:
-            self.started.clear()
-            listener.close()
-            server.pre_shutdown()
-            await server.shutdown(SHUTDOWN_S)
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    for listener in listeners:
+                        tasks.create_task(self._accept(listener, tasks), name="accept HTTP")
+            finally:
+                self.started.clear()
 
-    async def _answer(self, request: BaseRequest) -> Response:
+    async def _accept(self, listener: socket.socket, tasks: asyncio.TaskGroup) -> None:
+        while True:
+            try:
+                sock, address = await asyncio.get_running_loop().sock_accept(listener)
+            except OSError as error:
+                log.warning("HTTP connection not accepted", extra={"cause": error.strerror or str(error)})
+                await self._clock.sleep(ACCEPT_PAUSE_S)
+                continue
+            self._admit(sock, peer_of(address), tasks)
+            await self._clock.sleep(ACCEPT_S)
+
+    def _admit(self, sock: socket.socket, peer: str, tasks: asyncio.TaskGroup) -> None:
+        if (waiting := in_the_way(self._open, peer)) is not None:
+            if not waiting:
+                sock.close()
+                return
+            del self._open[waiting[0]]
+            waiting[0].close()
+        connection = Connection(sock, peer)
+        self._open[connection] = None
+        connection.task = tasks.create_task(self._serve(connection), name="HTTP request")
+        # not in the task, which may be cancelled before it begins
+        connection.task.add_done_callback(partial(self._ended, connection))
+
+    def _ended(self, connection: Connection, _task: asyncio.Task[None]) -> None:
+        self._open.pop(connection, None)
+        connection.sock.close()
+
+    async def _serve(self, connection: Connection) -> None:
+        try:
+            try:
+                async with self._clock.timeout(HEADERS_S):
+                    request = parse_request(await _read_head(connection))
+            except TimeoutError as error:
+                raise BadRequest(f"not complete within {HEADERS_S:g} s") from error
+            finally:
+                connection.waiting = False
+            async with self._clock.timeout(ANSWER_S):
+                answer = await self._answer(request)
+                await self._send(connection.sock, encoded(answer))
+                if request.method != "HEAD":
+                    await self._send(connection.sock, answer.body)
+        except BadRequest as error:
+            if connection.received:
+                log.info("HTTP request refused", extra={"peer": connection.peer, "cause": str(error)})
+        except OSError as error:  # the peer has closed the connection, or did not read in time
+            log.debug("HTTP connection ended", extra={"peer": connection.peer, "cause": str(error)})
+
+    async def _send(self, sock: socket.socket, data: bytes) -> None:
+        """Sends one piece in a turn of the event loop, also if many peers read quickly."""
+        view = memoryview(data)
+        for start in range(0, len(data), PIECE_BYTES):
+            async with self._turn:
+                await asyncio.sleep(0)
+            await asyncio.get_running_loop().sock_sendall(sock, view[start : start + PIECE_BYTES])
+
+    async def _answer(self, request: Request) -> Answer:
+        if not is_served(request.host, self._names):
+            text = f"no page by this host name; use an address, or one of: {', '.join(('localhost', *self._names))}\n"
+            return Answer(text.encode(), status=HTTPStatus.MISDIRECTED_REQUEST)
         page = self._find(request.path)
         if page is None:
-            return Response(text="page not found\n", status=404)
+            return Answer(b"page not found\n", status=HTTPStatus.NOT_FOUND)
         if request.method not in METHODS:
-            return Response(status=405, headers={"Allow": ", ".join(METHODS)})
-        answer = page()
-        if not isinstance(answer, Answer):
-            answer = await answer
-        return Response(
-            body=answer.body,
-            status=answer.status,
-            headers={"Content-Type": answer.content_type, **HEADERS, **answer.headers},
-        )
+            return Answer(b"", status=HTTPStatus.METHOD_NOT_ALLOWED, headers={"Allow": ", ".join(METHODS)})
+        try:
+            answer = page()
+            return answer if isinstance(answer, Answer) else await answer
+        except Exception:  # a fault in a page must not end the plugin
+            log.warning("page failed", extra={"page": request.path}, exc_info=True)
+            return Answer(b"page failed, see the log\n", status=HTTPStatus.INTERNAL_SERVER_ERROR)
 
     def _find(self, path: str) -> PageHandler | None:
         if (page := self._pages.get(path)) is not None:
@@ -171,71 +305,37 @@ class HttpServer:
         return None
 
 
-HTML = "text/html; charset=utf-8"
-TRACES = "/api/traces"
-_TRACE_ID = re.compile("[0-9a-f]{32}")
+async def _addresses(host: str | None, port: int) -> Iterable[tuple[int, tuple[Any, ...]]]:
+    """Returns the families and addresses to bind for a host, None for every address. Raises OSError."""
+    loop = asyncio.get_running_loop()
+    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    skipped = None if host is not None or socket.has_dualstack_ipv6() else socket.AF_INET6
+    return [(family, address) for family, *_, address in dict.fromkeys(found) if family != skipped]
 
 
-class Site:
-    """The status page and the JSON under /api.
-
-    status: returns the node as it is now.
-    recent: the last traces, RECENT_TRACES at most. Only these are served.
-    """
-
-    def __init__(self, status: Callable[[], NodeReport], recent: RecentSpans) -> None:
-        self._status, self._recent = status, recent
-        self._page: Page | None = None
-
-    def pages(self) -> dict[str, PageHandler]:
-        """Returns the pages by path."""
-        return {
-            "/": self._whole,
-            "/api/page": self._main,
-            "/api/status": lambda: _json(self._status().as_json()),
-            "/api/devices": lambda: _json(self._status().as_json()["devices"]),
-            TRACES: self._traces,
-        }
-
-    def below(self) -> Mapping[str, Callable[[str], Answer]]:
-        """Returns the pages below a path, as HttpServer takes them."""
-        return {f"{TRACES}/": self._trace}
-
-    async def _load(self) -> Page:
-        """Returns the page. The first visit imports and compiles it, in a thread because this takes 120 ms."""
-
-        def load() -> Page:
-            from usbip_plugin.observe.page import Page  # noqa: PLC0415 - the page of most nodes is never opened
-
-            return Page()
-
-        if self._page is None:
-            self._page = await asyncio.to_thread(load)
-        return self._page
-
-    async def _whole(self) -> Answer:
-        page = await self._load()
-        body = page.whole(self._status(), self._recent.traces())
-        return Answer(body, HTML, headers={"Content-Security-Policy": page.policy})
-
-    async def _main(self) -> Answer:
-        body = (await self._load()).main(self._status(), self._recent.traces())
-        # a browser that opens it directly must not run a script that a device may have put into it
-        return Answer(body, HTML, headers={"Content-Security-Policy": "default-src 'none'; sandbox"})
-
-    def _traces(self) -> Answer:
-        from usbip_plugin.observe.traces import summary  # noqa: PLC0415 - needed by few nodes
-
-        return _json([summary(spans).as_json() for spans in reversed(self._recent.traces()) if spans])
-
-    def _trace(self, trace_id: str) -> Answer:
-        from usbip_plugin.observe.traces import span_json, summary  # noqa: PLC0415
-
-        spans = self._recent.trace(trace_id) if _TRACE_ID.fullmatch(trace_id) else ()
-        if not spans:
-            return Answer(b"trace not found; /api/traces lists the traces in memory\n", status=404)
-        return _json({**summary(spans).as_json(), "spans": [span_json(span) for span in spans]})
+def _listening(family: int, address: tuple[Any, ...]) -> socket.socket:
+    try:
+        sock = socket.create_server(address, family=family, backlog=BACKLOG)
+    except OSError as error:
+        why = os.strerror(error.errno).lower() if error.errno else str(error)
+        raise OSError(error.errno, f"cannot listen on {address[0]} port {address[1]}: {why}") from error
+    sock.setblocking(False)
+    # accepted connections inherit these
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock
 
 
-def _json(value: object) -> Answer:
-    return Answer(json.dumps(value, indent=1).encode() + b"\n", JSON)
+async def _read_head(connection: Connection) -> bytes:
+    """Returns the request up to the empty line. Raises BadRequest, and OSError if the connection breaks."""
+    received = connection.received
+    while (end := received.find(END)) < 0:
+        if len(received) >= MAX_HEADER_BYTES:
+            raise BadRequest(f"longer than {MAX_HEADER_BYTES} bytes")
+        wanted = MAX_HEADER_BYTES - len(received)
+        piece = await asyncio.get_running_loop().sock_recv(connection.sock, wanted)
+        if not piece:
+            raise BadRequest("connection closed")
+        received += piece
+    return bytes(received[: end + len(END)])

@@ -38,6 +38,8 @@ MAX_SUBJECTS = 1024
 """Subjects that LineLimit counts before it forgets those whose time is over."""
 OWN_WORK = frozenset(f"{PACKAGE}.{module}" for module in ("kubelet.allocate", "attach.release", "attach.adopt"))
 """Loggers of what the node does for pods, at the rate of the pods."""
+HTTP = f"{PACKAGE}.observe.http"
+"""The logger of the HTTP server."""
 _NAMES = {logging.WARNING: "warn", logging.CRITICAL: "error"}
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
@@ -68,7 +70,7 @@ def set_up_logging(level: str, stream: TextIO, *, json_lines: bool = True) -> lo
 def subject_of(record: logging.LogRecord) -> str | None:
     """Returns which peer may cause such a record as often as it likes, or None.
 
-    This is a USB/IP server, named by the field `server` or by that of its devices, or "peers" for those of the pages.
+    This is a USB/IP server, named by the field `server` or by that of its devices, or whoever reaches the HTTP port.
     """
     fields = vars(record)
     if record.name in OWN_WORK or not logging.INFO <= record.levelno <= logging.WARNING:
@@ -78,7 +80,7 @@ def subject_of(record: logging.LogRecord) -> str | None:
     if "device" in fields or fields.get("devices"):
         device = fields["device"] if "device" in fields else next(iter(fields["devices"]))
         return str(device).rpartition("/")[0] or str(device)
-    return "peers" if "peer" in fields else None
+    return "the HTTP port" if record.name == HTTP else None
 
 
 @dataclass(slots=True)
@@ -88,7 +90,7 @@ class _Span:
 
 
 class LineLimit:
-    """Lets pass LINES lines a minute, info and warn, about one USB/IP server or the peers of the pages.
+    """Lets pass LINES lines a minute, info and warn, about one USB/IP server or the HTTP port.
 
     A server chooses how often its list changes: without the limit, it could fill the disks of all nodes. The last line
     of a minute has the field `limit`, the first one after that has `left_out`, the number of lines in between.

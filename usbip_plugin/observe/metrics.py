@@ -18,6 +18,7 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from usbip_plugin.model import Advertised, Reason
+from usbip_plugin.sync import Steps
 
 PREFIX = "usbip_device_plugin_"
 """Precedes the names of the metrics."""
@@ -353,12 +354,16 @@ class Metrics:
         self._reloads.labels("failure").inc()
         self._reload_failed.set(1)
 
-    def render(self) -> tuple[bytes, str]:
+    def render(self) -> Steps[tuple[bytes, str]]:
         """Returns the text for Prometheus and its content type."""
         # imported here: it loads HTTP servers and clients, 1 MiB that a process without scrapes does not need
         from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest  # noqa: PLC0415
 
-        return generate_latest(self.registry), CONTENT_TYPE_LATEST
+        parts = []
+        for family in self.registry.collect():
+            parts.append(generate_latest(_OneFamily(family)))
+            yield
+        return b"".join(parts), CONTENT_TYPE_LATEST
 
     def _gauge(self, name: str, text: str, labels: tuple[str, ...]) -> Gauge:
         return Gauge(PREFIX + name, text, labels, registry=self.registry)
@@ -370,6 +375,16 @@ class Metrics:
         self, name: str, text: str, labels: tuple[str, ...], buckets: tuple[float, ...] = STEP_BUCKETS_S
     ) -> Histogram:
         return Histogram(PREFIX + name, text, labels, buckets=buckets, registry=self.registry)
+
+
+class _OneFamily(Collector):
+    """A collector of one metric, which is rendered in one step."""
+
+    def __init__(self, family: Metric) -> None:
+        self._family = family
+
+    def collect(self) -> Iterable[Metric]:
+        return (self._family,)
 
 
 def _tasks() -> int:

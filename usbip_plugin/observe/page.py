@@ -8,8 +8,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
+from typing import TypeVar
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
@@ -18,6 +19,9 @@ from usbip_plugin.model import Reason
 from usbip_plugin.observe.status import DeviceRow, NodeReport
 from usbip_plugin.observe.traces import GAP_WIDTH, WIDTH, duration, lay_out, summary
 from usbip_plugin.observe.tracing import SpanRecord
+from usbip_plugin.sync import Steps
+
+T = TypeVar("T")
 
 PAGE, MAIN, PARTS = "page.html", "main.html", "parts.html"
 """The templates: the whole document with its style and script, the content of <main>, and macros for the content."""
@@ -25,6 +29,8 @@ MAX_BARS = 60
 """Bars of one trace on the page. /api/traces/ID has all spans."""
 MAX_ROWS = 500
 """Rows of the table of devices. /api/devices has all."""
+BATCH = 16
+"""Rows or bars that are rendered in one step: half a millisecond."""
 MAX_TRACES = 20
 """Traces on the page, the newest ones."""
 COLOURS = 6
@@ -40,7 +46,8 @@ class Page:
 
     policy: value of the Content-Security-Policy header. It allows only the style and the script in page.html, images
     in data: URLs, and requests to the same origin.
-    Rendering takes some milliseconds, because a trace is drawn again only if it has a new span.
+    Rendering takes some milliseconds, because a trace is drawn again only if it has a new span. One page is rendered at
+    a time.
     """
 
     def __init__(self) -> None:
@@ -65,34 +72,59 @@ class Page:
         self._drawn: dict[tuple[str, int, str | None, bool], Markup] = {}
         self.policy = _policy(_source(PAGE))
 
-    def whole(self, status: NodeReport, traces: Sequence[Sequence[SpanRecord]]) -> bytes:
+    def whole(self, status: NodeReport, traces: Sequence[Sequence[SpanRecord]]) -> Steps[bytes]:
         """Returns the whole HTML document. traces: the oldest first."""
         return self._render(PAGE, status, traces)
 
-    def main(self, status: NodeReport, traces: Sequence[Sequence[SpanRecord]]) -> bytes:
+    def main(self, status: NodeReport, traces: Sequence[Sequence[SpanRecord]]) -> Steps[bytes]:
         """Returns the content of <main>, which changes. The page's script fetches it periodically."""
         return self._render(MAIN, status, traces)
 
-    def _render(self, template: str, status: NodeReport, traces: Sequence[Sequence[SpanRecord]]) -> bytes:
+    def _render(self, template: str, status: NodeReport, traces: Sequence[Sequence[SpanRecord]]) -> Steps[bytes]:
         names = {row.id: row.device for row in status.devices}
-        drawn = self._draw([spans for spans in reversed(traces) if spans][:MAX_TRACES], names)
-        return self._templates[template].render(status=status, tiles=_tiles(status), traces=drawn).encode()
+        drawn = yield from self._draw([spans for spans in reversed(traces) if spans][:MAX_TRACES], names)
+        devices = yield from _batches(
+            status.devices[:MAX_ROWS], lambda rows: self._macro("device_rows")(rows, status.node)
+        )
+        servers = yield from _batches(status.servers, self._macro("server_rows"))
+        tiles = _tiles(status)
+        yield
+        page = self._templates[template].render(
+            status=status, tiles=tiles, traces=drawn, device_rows=devices, server_rows=servers
+        )
+        yield
+        return page.encode()
 
-    def _draw(self, traces: Sequence[Sequence[SpanRecord]], names: Mapping[str, str]) -> Sequence[Markup]:
-        before, self._drawn = self._drawn, {}
+    def _macro(self, name: str) -> Callable[..., Markup]:
+        macro: Callable[..., Markup] = vars(self._templates[PARTS].module)[name]
+        return macro
+
+    def _draw(self, traces: Sequence[Sequence[SpanRecord]], names: Mapping[str, str]) -> Steps[Sequence[Markup]]:
+        drawn: dict[tuple[str, int, str | None, bool], Markup] = {}
         for index, spans in enumerate(traces):
             about = summary(spans)
+            yield
             device = names.get(about.device, about.device) if about.device is not None else None
             key = (about.trace_id, len(spans), device, index == 0)
-            self._drawn[key] = before.get(key) or self._trace(spans, device, opened=index == 0)
-        return list(self._drawn.values())
+            drawn[key] = self._drawn.get(key) or (yield from self._trace(spans, device, opened=index == 0))
+        self._drawn = drawn
+        return list(drawn.values())
 
-    def _trace(self, spans: Sequence[SpanRecord], device: str | None, *, opened: bool) -> Markup:
+    def _trace(self, spans: Sequence[SpanRecord], device: str | None, *, opened: bool) -> Steps[Markup]:
         devices = {span.attributes["usbip.device.id"] for span in spans if "usbip.device.id" in span.attributes}
         hidden = ABOUT_THE_DEVICE if device and len(devices) <= 1 else frozenset()
-        draw = vars(self._templates[PARTS].module)["trace"]
-        drawn: Markup = draw(summary(spans), lay_out(spans), device, hidden, opened)
-        return drawn
+        about, fall = summary(spans), lay_out(spans)
+        yield
+        bars = yield from _batches(fall.bars[:MAX_BARS], lambda some: self._macro("trace_bars")(some, fall, hidden))
+        return self._macro("trace")(about, fall, bars, device, opened)
+
+
+def _batches(rows: Sequence[T], render: Callable[[Sequence[T]], Markup]) -> Steps[Sequence[Markup]]:
+    parts = []
+    for start in range(0, len(rows), BATCH):
+        parts.append(render(rows[start : start + BATCH]))
+        yield
+    return parts
 
 
 def _source(name: str) -> str:

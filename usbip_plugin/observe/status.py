@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+from usbip_plugin.sync import Steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,5 +147,9 @@ class NodeReport:
     locks: LocksReport
     config: ConfigReport
 
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+    def as_json(self) -> Steps[dict[str, Any]]:
+        rows = []
+        for row in self.devices:
+            rows.append(asdict(row))
+            yield
+        return {**asdict(replace(self, devices=())), "devices": rows}

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from usbip_plugin.model import PodRef
 from usbip_plugin.observe.logs import (
+    HTTP,
     LEVELS,
     LINES,
     MAX_SUBJECTS,
@@ -94,7 +95,7 @@ def test_a_server_that_changes_its_list_fills_no_disk_and_hides_no_other_server(
         LOG.info("device healthy", extra={"device": f"[fd00::1]:3240/9-{number}"})
         LOG.info("devices shared", extra={"devices": [f"[fd00::1]:3240/9-{number}"], "count": 1})
         LOG.warning("server flaps", extra={"server": "[fd00::1]:3240"})
-        LOG.info("bad request", extra={"peer": f"192.0.2.{number}"})
+        logging.getLogger(HTTP).info("bad request", extra={"peer": f"192.0.2.{number}"})
     LOG.info("device healthy", extra={"device": "lab:3240/1-1"})
     LOG.info("other")
     LOG.error("lock lost", extra={"device": "[fd00::1]:3240/1-1"})
@@ -108,7 +109,7 @@ def test_a_server_that_changes_its_list_fills_no_disk_and_hides_no_other_server(
     assert [line["msg"] for line in lines[-4:]] == ["device healthy", "other", "lock lost", "released"]
     assert [line["limit"] for line in lines if "limit" in line] == [
         "further lines of this minute about [fd00::1]:3240 are left out",
-        "further lines of this minute about peers are left out",
+        "further lines of this minute about the HTTP port are left out",
     ]
     at(1060)
     for _ in range(2):

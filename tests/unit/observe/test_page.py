@@ -16,9 +16,13 @@ from typing import Any
 
 import pytest
 
+from tests.rigs.clocks import InstantClock
+from tests.rigs.tasks import result_of
 from usbip_plugin.observe import page
-from usbip_plugin.observe.http import Answer, Site
+from usbip_plugin.observe.http import Answer
+from usbip_plugin.observe.metrics import Metrics
 from usbip_plugin.observe.page import MAX_BARS, MAX_ROWS, MAX_TRACES, Page, age
+from usbip_plugin.observe.pages import Site
 from usbip_plugin.observe.status import ConfigReport, DeviceRow, LocksReport, NodeReport, RegistrationRow, ServerRow
 from usbip_plugin.observe.tracing import (
     MAX_SPANS_PER_TRACE,
@@ -28,6 +32,7 @@ from usbip_plugin.observe.tracing import (
     RecentSpans,
     SpanRecord,
 )
+from usbip_plugin.sync import Steps
 
 PATIENCE_S = 10  # a bound for a hanging test, not a measurement
 AT = "2026-05-04T03:02:01+00:00"
@@ -102,7 +107,23 @@ class Reader(HTMLParser):
 
 
 def shown(status: NodeReport, *traces: list[SpanRecord]) -> Reader:
-    return Reader(Page().main(status, traces).decode())
+    return Reader(main(status, *traces))
+
+
+def main(status: NodeReport, *traces: list[SpanRecord]) -> str:
+    return result_of(Page().main(status, traces)).decode()
+
+
+def whole(status: NodeReport, *traces: list[SpanRecord]) -> str:
+    return result_of(Page().whole(status, traces)).decode()
+
+
+def site_of(status: NodeReport, recent: RecentSpans) -> Site:
+    def report() -> Steps[NodeReport]:
+        yield
+        return status
+
+    return Site(report, Metrics().render, recent, InstantClock())
 
 
 def test_values_are_escaped() -> None:
@@ -111,12 +132,12 @@ def test_values_are_escaped() -> None:
     assert odd in reader.text
     assert {"title": f"selector: {odd}"} in [attrs for name, attrs in reader.elements if name == "small"]
     assert "pod ???" in reader.text, "characters that cannot be printed"
-    html = Page().main(replace(STATUS, not_ready=(odd,)), []).decode()
+    html = main(replace(STATUS, not_ready=(odd,)))
     assert "<li>&lt;i&gt;&#34;&amp;&#39;{{ 7 * 7 }}</li>" in html
 
 
 def test_a_cell_without_a_value_is_empty() -> None:
-    html = Page().main(STATUS, []).decode()
+    html = main(STATUS)
     assert '<td role="cell" data-label="Epoch"></td>' in html
     assert '<td role="cell" data-label="Since (UTC)"></td>' in html
 
@@ -206,7 +227,7 @@ def test_the_page_is_bounded_and_links_to_the_rest() -> None:
     assert details[0]["id"] == f"t{RECENT_TRACES - 1:032x}", "the newest first"
     assert sum(name == "rect" for name, _ in reader.elements) == MAX_TRACES * MAX_BARS
     assert f"and {MAX_SPANS_PER_TRACE - MAX_BARS} more: /api/traces/" in reader.text
-    assert len(Page().whole(many, traces)) < 5_000_000
+    assert len(whole(many, *traces)) < 5_000_000
 
 
 HOSTILE = [
@@ -238,23 +259,19 @@ def test_hostile_text_makes_no_element_and_no_attribute(bad: str) -> None:
         not_ready=(bad,),
     )
     trace = [span(1, name=bad, node=bad, error=bad, attributes={bad: bad, "usbip.device": bad})]
-    whole = Page().whole(status, [trace]).decode()
-    calm = (
-        Page()
-        .whole(replace(STATUS, config=replace(STATUS.config, problems=("x",), warnings=("x",))), [[span(1, error="x")]])
-        .decode()
-    )
-    elements = {name for name, _ in Reader(whole).elements}
+    html = whole(status, trace)
+    calm = whole(replace(STATUS, config=replace(STATUS.config, problems=("x",), warnings=("x",))), [span(1, error="x")])
+    elements = {name for name, _ in Reader(html).elements}
     assert elements <= {name for name, _ in Reader(calm).elements} | {"small", "ul", "li"}
-    attributes = {key for _, attrs in Reader(whole).elements for key in attrs}
+    attributes = {key for _, attrs in Reader(html).elements for key in attrs}
     assert not {key for key in attributes if key.startswith("on")} | {"src", "style", "autofocus"} & attributes
-    assert whole.count("<script>") == 1
-    assert whole.replace("\n", "").isprintable(), "no character changes the writing direction"
+    assert html.count("<script>") == 1
+    assert html.replace("\n", "").isprintable(), "no character changes the writing direction"
 
 
 def test_the_content_security_policy_allows_only_the_script_and_the_style_of_the_page() -> None:
     page = Page()
-    html = page.whole(STATUS, []).decode()
+    html = result_of(page.whole(STATUS, [])).decode()
     for name in ("script", "style"):
         (part,) = re.findall(f"<{name}>(.*?)</{name}>", html, re.DOTALL)
         digest = base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()
@@ -269,7 +286,7 @@ async def test_json_has_the_devices_and_traces_of_the_page() -> None:
     first = (span(1, attributes={"usbip.device": "lab:3240/1-1"}), span(2, 1, error="broke"))
     recent._traces["1".zfill(32)] = [KeptSpan(None, one) for one in first]
     recent._traces["2".zfill(32)] = [KeptSpan(None, span(3, trace=2))]
-    site = Site(lambda: STATUS, recent)
+    site = site_of(STATUS, recent)
     (trace,) = site.below().values()
     status = json.loads((await asked(site, "/api/status")).body)
     assert status["devices"] == json.loads((await asked(site, "/api/devices")).body)
@@ -282,15 +299,15 @@ async def test_json_has_the_devices_and_traces_of_the_page() -> None:
     assert (oldest["name"], oldest["device"], oldest["error"], oldest["failed"], oldest["span_count"]) == (
         *("step 1", "lab:3240/1-1", "broke", False, 2),
     )
-    whole = json.loads(trace("1".zfill(32)).body)
-    assert [one["name"] for one in whole["spans"]] == ["step 1", "step 2"]
-    assert whole["spans"][1]["parent_id"] == f"{1:016x}"
+    found = json.loads((await trace("1".zfill(32))).body)
+    assert [one["name"] for one in found["spans"]] == ["step 1", "step 2"]
+    assert found["spans"][1]["parent_id"] == f"{1:016x}"
     for unknown in ("", "x", "3".zfill(32), "../devices"):
-        assert trace(unknown).status == 404
+        assert (await trace(unknown)).status == 404
 
 
 async def test_the_fragment_of_the_page_is_sandboxed() -> None:
-    answer = await asked(Site(lambda: STATUS, RecentSpans()), "/api/page")
+    answer = await asked(site_of(STATUS, RecentSpans()), "/api/page")
     assert "sandbox" in answer.headers["Content-Security-Policy"]
 
 
@@ -309,7 +326,7 @@ async def test_the_event_loop_runs_while_the_page_is_loaded(monkeypatch: pytest.
             super().__init__()
 
     monkeypatch.setattr(page, "Page", WaitsForTheLoop)
-    site = Site(lambda: STATUS, RecentSpans())
+    site = site_of(STATUS, RecentSpans())
     asyncio.get_running_loop().call_later(0.01, loop_ran.set)
     assert b"<html" in (await asked(site, "/")).body
     assert b"<html" in (await asked(site, "/")).body
@@ -318,7 +335,7 @@ async def test_the_event_loop_runs_while_the_page_is_loaded(monkeypatch: pytest.
 
 def test_the_page_is_not_imported_before_its_first_request() -> None:
     code = (
-        "import sys; from usbip_plugin.observe.http import Site; import usbip_plugin.node.daemon;"
+        "import sys; from usbip_plugin.observe.pages import Site; import usbip_plugin.node.daemon;"
         "print({'usbip_plugin.observe.page', 'usbip_plugin.observe.traces', 'jinja2', 'markupsafe'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
