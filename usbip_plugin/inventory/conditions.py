@@ -37,6 +37,8 @@ class Conditions:
         self._on_change = on_change
         self.ports = PortSummary()
         """The state of vhci_hcd and its ports, as last read."""
+        self.ports_read_at: float | None = None
+        """When the ports were last about to be read (monotonic seconds)."""
         self._ports_event = asyncio.Event()
         self._api_event = asyncio.Event()
 
@@ -65,6 +67,7 @@ class Conditions:
             if self._ports_event.is_set():
                 await self._clock.sleep(PORTS_SETTLE)
             self._ports_event.clear()
+            self.ports_read_at = self._clock.monotonic()
             before, self.ports = self.ports, await self._read_ports()
             if not self.ports.has_same_obstacles(before):
                 self._on_change()

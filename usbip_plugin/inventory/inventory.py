@@ -98,6 +98,11 @@ class Inventory:
         """Returns the state of vhci_hcd and its ports, as last read."""
         return self._conditions.ports
 
+    @property
+    def ports_read_at(self) -> float | None:
+        """Returns when the ports were last about to be read (monotonic seconds), None before the first time."""
+        return self._conditions.ports_read_at
+
     def health(self) -> Mapping[str, Health]:
         """Returns the health of each device by device ID; of several resources, a healthy one is preferred."""
         healths: dict[str, Health] = {}

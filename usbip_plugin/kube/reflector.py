@@ -39,6 +39,8 @@ class Reflector(ABC, Generic[E]):
         """Whether the last watch has neither brought an event nor been open for SETTLE_S."""
         self._failure: type[KubeError] | None = None
         """The kind of the last failure, None once the view is current again."""
+        self.turned_at: float | None = None
+        """When run() last began a list (monotonic seconds); None while a watch is open, which its client limits."""
 
     @abstractmethod
     async def _list(self) -> str:
@@ -70,7 +72,7 @@ class Reflector(ABC, Generic[E]):
         waits = backoff(self._rng, *self._retry)
         version: str | None = None
         while True:
-            started = self._clock.monotonic()
+            self.turned_at = started = self._clock.monotonic()
             try:
                 if version is None:
                     self._list_again = False
@@ -103,7 +105,7 @@ class Reflector(ABC, Generic[E]):
 
         Raises KubeServerError if the watch ended as soon as it was opened.
         """
-        opened = self._clock.monotonic()
+        opened, self.turned_at = self._clock.monotonic(), None
         settled = asyncio.get_running_loop().call_later(SETTLE_S, self._current)
         self._suspect = True
         try:

@@ -159,6 +159,8 @@ class PodResourcesWatcher:
         self._warned = False
         self.polls = 0
         """Number of lists of the kubelet that claims have been compared with."""
+        self.turned_at: float | None = None
+        """When run() last began a poll (monotonic seconds); None while there is nothing to poll for."""
         self._begun = False
         """Whether all locks and a list of all pods have been seen, so that what an earlier process left is known."""
         self._book.subscribe(self._claim_changed)
@@ -240,9 +242,10 @@ class PodResourcesWatcher:
         try:
             while True:
                 if self._begun and not self._book.view and not self._unclaimed():
+                    self.turned_at = None
                     await self._wake.wait()
                 self._wake.clear()
-                listed_at = self._clock.monotonic()
+                self.turned_at = listed_at = self._clock.monotonic()
                 users = await self.users()
                 if not self._begun or self._unclaimed():
                     await self._adopt(users)

@@ -156,6 +156,11 @@ class LockManager:
         """Waits until a list has brought the locks of these servers, of which follow() was told. Cancel-safe."""
         await self._watcher.listed.until(lambda: (covered := self._watcher.covered) is None or servers <= covered)
 
+    @property
+    def list_began_at(self) -> float | None:
+        """Returns when the last list of locks began (monotonic seconds), None while a watch is open."""
+        return self._watcher.turned_at
+
     def mine(self) -> tuple[Lock, ...]:
         """Returns the locks that name this node, also under an earlier boot, in the order of their IDs.
 

@@ -51,6 +51,8 @@ class Session:
         self._known: Lease | None = None
         self._failing = False
         self.written_at: float | None = None
+        self.turned_at: float | None = None
+        """When run() last began a heartbeat (monotonic seconds); None while the session is not needed."""
 
     def need(self, needed: bool) -> None:
         """Starts or stops the heartbeats at once: the first one goes out together with the write of the first lock."""
@@ -62,6 +64,7 @@ class Session:
     async def run(self) -> None:
         """Writes heartbeats while the session is needed. Runs until cancelled."""
         while True:
+            self.turned_at = None
             await self._needed.wait()
             await self._beat()
             await self._clock.sleep(self._duration * BEAT_FRACTION)
@@ -70,6 +73,7 @@ class Session:
         """Writes one heartbeat. Tries again until it is written or not needed any more."""
         waits = backoff(self._rng, RETRY_FIRST_S, self._duration * RETRY_FRACTION)
         while self._needed.is_set():
+            self.turned_at = self._clock.monotonic()
             try:
                 if await self._write():
                     self._failing = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -34,9 +34,10 @@ from usbip_plugin.locks.manager import Acquired, LockManager, LockSettings
 from usbip_plugin.locks.protocol import Rules
 from usbip_plugin.locks.record import LeaseStore
 from usbip_plugin.model import Advertised, NodeIdentity, PodRef
+from usbip_plugin.observe.liveness import STUCK_S, Loop
 from usbip_plugin.sync import done_within
 from usbip_plugin.usbip.client import UsbipClient
-from usbip_plugin.usbip.poller import ServerPoller
+from usbip_plugin.usbip.poller import ServerPoller, share
 from usbip_plugin.vhci.driver import VhciDriver
 
 log = logging.getLogger(__name__)
@@ -227,6 +228,19 @@ class Agent:
         plugins = self.resources.plugins.values()
         started = bool(plugins) or not self.inventory.config.resources
         return self.locks.ready.is_set() and started and all(plugin.registered for plugin in plugins)
+
+    def loops(self) -> Mapping[str, Loop]:
+        """Returns the loops without which devices are not attached or released, by name."""
+        seldom = 2 * share(self.fleet.nodes if self.fleet is not None else 1)  # polls of many nodes take turns
+        polls = {f"polls of {s}": Loop(at, STUCK_S + seldom) for s, at in self.poller.polled_at.items()}
+        return {
+            "list of locks": Loop(self.locks.list_began_at),
+            "list of pods": Loop(self.own_pods.turned_at if self.own_pods is not None else None),
+            "session": Loop(self.locks.session.turned_at),
+            "pod-resources": Loop(self.usage.turned_at),
+            "vhci ports": Loop(self.inventory.ports_read_at),
+            **polls,
+        }
 
     def reconfigure(self, config: Config) -> None:
         """Puts a reloaded configuration in force, except for the settings that Config.start_only() names."""

@@ -205,7 +205,7 @@ class _Process:
             log.debug("startup memory released")
 
     def _alive(self) -> Verdict:
-        loops = {"event loop": Loop(self._beat_at, BEAT_WITHIN)}
+        loops = {"event loop": Loop(self._beat_at, BEAT_WITHIN), **self.agent.loops()}
         return liveness(loops, self._clock.monotonic())
 
     def _ready(self) -> Verdict:

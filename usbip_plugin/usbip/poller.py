@@ -225,6 +225,11 @@ class ServerPoller:
         """The newest view of each server that set_servers() named. A live read-only mapping."""
         return MappingProxyType(self._views)
 
+    @property
+    def polled_at(self) -> Mapping[ServerKey, float]:
+        """When the last poll of each server that has ended was sent (monotonic seconds)."""
+        return self._asked
+
     def view(self, server: ServerKey) -> ServerView:
         """Returns the newest view of a server; PENDING if the server is not polled."""
         return self._views.get(server) or ServerView(server, flaws=self._flaws.get(server, frozenset()))
