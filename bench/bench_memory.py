@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import tempfile
 import uuid
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from bench.bench_nodes import config_of
 from bench.bench_rows import Row
 from tests.rigs.agents_rig import DONGLE
 from tests.rigs.api_process import Cluster
+from tests.rigs.memory_group import MemoryGroup, memory_group
 from tests.rigs.otlp_receiver import receiving
 from tests.rigs.plugin_in_pod import STRIPPED, InPod, memory_mib, proportional_mib
 from usbip_plugin.clock import SystemClock
@@ -30,40 +30,6 @@ SETTLE_S = 13.0
 """More than process.START_OVER_S."""
 PATIENCE_S = 120.0
 PORTS_PER_CONTROLLER = 8
-CGROUPS = Path("/sys/fs/cgroup")
-
-
-class MemoryGroup:
-    """A memory cgroup, by its directory. memory_group() makes it."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self._second = (directory / "memory.current").exists()
-
-    def working_set_mib(self) -> float:
-        """Returns the working set as the kubelet defines it: usage without inactive page cache."""
-        usage = self.directory / ("memory.current" if self._second else "memory.usage_in_bytes")
-        inactive = "inactive_file" if self._second else "total_inactive_file"
-        fields = dict(line.split() for line in (self.directory / "memory.stat").read_text().splitlines())
-        return max(0, int(usage.read_text()) - int(fields[inactive])) / 2**20
-
-
-@contextlib.contextmanager
-def memory_group() -> Iterator[MemoryGroup | None]:
-    """Yields a new cgroup, None without root rights or a memory controller."""
-    base = CGROUPS / "memory" if (CGROUPS / "memory").is_dir() else CGROUPS
-    directory = base / f"usbip-bench-{os.getpid()}"
-    try:
-        directory.mkdir()
-    except OSError:
-        yield None
-        return
-    try:
-        usable = any((directory / name).exists() for name in ("memory.current", "memory.usage_in_bytes"))
-        yield MemoryGroup(directory) if usable else None
-    finally:
-        with contextlib.suppress(OSError):  # a process may still be exiting
-            directory.rmdir()
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import shutil
@@ -55,10 +56,13 @@ subjectAltName = IP:{address}, DNS:localhost
 """
 
 
-def binaries() -> Path:
-    """Returns the directory of kube-apiserver and etcd, and builds them if needed. Raises CalledProcessError."""
+def binaries(group: str = "apiserver") -> Path:
+    """Returns the directory of kube-apiserver and etcd, or of another group of build.sh, and builds what is missing.
+
+    Raises CalledProcessError.
+    """
     script = ROOT / "tests" / "lab" / "cluster" / "build.sh"
-    return Path(subprocess.run([script], check=True, stdout=subprocess.PIPE, text=True).stdout.strip())
+    return Path(subprocess.run([script, group], check=True, stdout=subprocess.PIPE, text=True).stdout.strip())
 
 
 def free_port() -> int:
@@ -75,9 +79,11 @@ class Cluster:
     bin: Path
     port: int
     etcd_port: int
+    peer_port: int
     api: subprocess.Popen[bytes]
-    etcd_pid: int
+    etcd: subprocess.Popen[bytes]
     address: str = LOOPBACK
+    restores: int = 0
     _old: subprocess.Popen[bytes] | None = None
 
     @property
@@ -129,13 +135,44 @@ class Cluster:
         self.api.wait()
         self.api = start_api(self.directory, self.bin, self.port, self.etcd_port, self.address)
 
+    def backup(self) -> Path:
+        """Writes a snapshot of etcd, as `etcdctl snapshot save` does, and returns its file."""
+        path = self.directory / f"backup-{time.monotonic_ns()}"
+        with self._etcd_answer("maintenance/snapshot", {}) as answer, path.open("wb") as file:
+            for line in answer:
+                file.write(base64.b64decode(json.loads(line)["result"].get("blob", "")))
+        return path
+
+    def restore(self, backup: Path, bump: int = 0) -> None:
+        """Stops the API server, restores etcd with etcdutl, and starts both.
+
+        bump: as --bump-revision, with --mark-compacted; 0 for a restore without both.
+        """
+        tool = binaries("etcdutl") / "etcdutl"
+        _end(self.api)
+        _end(self.etcd)
+        self.restores += 1
+        data = self.directory / f"etcd-{self.restores}"
+        flags = ["--bump-revision", str(bump), "--mark-compacted"] if bump else []
+        peer = f"http://127.0.0.1:{self.peer_port}"
+        member = ["--initial-cluster", f"default={peer}", "--initial-advertise-peer-urls", peer]
+        command: list[str | Path] = [tool, "snapshot", "restore", backup, "--data-dir", data, *member, *flags]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=START_S, check=False)
+        if done.returncode:
+            raise RuntimeError(f"etcdutl snapshot restore: {done.stderr[-2000:]}")
+        self.etcd = _start_etcd(self.directory, self.bin, data, self.etcd_port, self.peer_port)
+        self.api = start_api(self.directory, self.bin, self.port, self.etcd_port, self.address)
+
     def _etcd(self, path: str, body: object) -> dict[str, dict[str, str]]:
+        with self._etcd_answer(path, body) as answer:
+            found: dict[str, dict[str, str]] = json.load(answer)
+        return found
+
+    def _etcd_answer(self, path: str, body: object) -> Any:
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.etcd_port}/v3/{path}", data=json.dumps(body).encode(), method="POST"
         )
-        with urllib.request.urlopen(request, timeout=10) as answer:
-            found: dict[str, dict[str, str]] = json.load(answer)
-        return found
+        return urllib.request.urlopen(request, timeout=10)
 
 
 @contextlib.contextmanager
@@ -157,29 +194,35 @@ def running(directory: Path, address: str = LOOPBACK) -> Iterator[Cluster]:
     (directory / "tokens.csv").write_text(f"{ADMIN_TOKEN},admin,admin,system:masters\n", encoding="ascii")
     (directory / "audit.yaml").write_text(_AUDIT_POLICY, encoding="ascii")
     etcd_port, peer_port, port = free_port(), free_port(), free_port()
-    etcd = _spawn(
-        directory,
-        "etcd",
-        found / "etcd",
-        f"--data-dir={directory / 'etcd'}",
-        "--unsafe-no-fsync",
-        f"--listen-client-urls=http://127.0.0.1:{etcd_port}",
-        f"--advertise-client-urls=http://127.0.0.1:{etcd_port}",
-        f"--listen-peer-urls=http://127.0.0.1:{peer_port}",
-        f"--initial-advertise-peer-urls=http://127.0.0.1:{peer_port}",
-        f"--initial-cluster=default=http://127.0.0.1:{peer_port}",
-    )
+    etcd = _start_etcd(directory, found, directory / "etcd-0", etcd_port, peer_port)
     try:
         api = start_api(directory, found, port, etcd_port, address)
-        cluster = Cluster(directory, found, port, etcd_port, api, etcd.pid, address)
+        cluster = Cluster(directory, found, port, etcd_port, peer_port, api, etcd, address)
         try:
             yield cluster
         finally:
             cluster.end_old_api()
             _end(cluster.api)
+            _end(cluster.etcd)
     finally:
         _end(etcd)
-        shutil.rmtree(directory / "etcd", ignore_errors=True)
+        for data in directory.glob("etcd-*"):
+            shutil.rmtree(data, ignore_errors=True)
+
+
+def _start_etcd(directory: Path, found: Path, data: Path, port: int, peer_port: int) -> subprocess.Popen[bytes]:
+    return _spawn(
+        directory,
+        "etcd",
+        found / "etcd",
+        f"--data-dir={data}",
+        "--unsafe-no-fsync",
+        f"--listen-client-urls=http://127.0.0.1:{port}",
+        f"--advertise-client-urls=http://127.0.0.1:{port}",
+        f"--listen-peer-urls=http://127.0.0.1:{peer_port}",
+        f"--initial-advertise-peer-urls=http://127.0.0.1:{peer_port}",
+        f"--initial-cluster=default=http://127.0.0.1:{peer_port}",
+    )
 
 
 def start_api(

@@ -110,7 +110,7 @@ class Meter:
         )
 
     def _moment(self) -> Moment:
-        api, etcd = self._cluster.api.pid, self._cluster.etcd_pid
+        api, etcd = self._cluster.api.pid, self._cluster.etcd.pid
         return Moment(time.monotonic(), cpu_ms(api) / 1e3, memory_mib(api), cpu_ms(etcd) / 1e3, memory_mib(etcd))
 
     def _read_audit(self) -> None:

@@ -1,6 +1,7 @@
 #!/bin/bash
 # build.sh [GROUP...]: builds missing binaries of Kubernetes and its tools, and prints their directory.
 #   apiserver   kube-apiserver etcd                            (the default)
+#   etcdutl     etcdutl, which restores backups of etcd
 #   nodes       the rest of a control plane, kubelet, kubectl, containerd, runc, CNI plugins
 #   kind        kind, kubeadm, kube-proxy, coredns
 #   helm        helm
@@ -129,6 +130,9 @@ group() {
     apiserver)
       kubernetes kube-apiserver
       command_of etcd "go.etcd.io/etcd/server/v3@v$ETCD" go.etcd.io/etcd/server/v3 "${plain[@]}"
+      ;;
+    etcdutl)
+      command_of etcdutl "go.etcd.io/etcd/etcdutl/v3@v$ETCD" go.etcd.io/etcd/etcdutl/v3 "${plain[@]}"
       ;;
     nodes)
       kubernetes kube-controller-manager kube-scheduler kubelet kubectl
