@@ -91,6 +91,19 @@ def test_the_command_lines_are_valid(tools: Tools, host_ip: str, capsys: pytest.
     assert commands == {"run", "simulate", "export"}
 
 
+def test_the_plugin_and_the_exporter_run_on_one_node(tools: Tools) -> None:
+    """The scheduler takes a host port without an address for all addresses."""
+    objects = tools.kustomize(kustomize_directory("exporter"))
+    ports = [
+        port["hostPort"]
+        for found in objects.values()
+        if found["kind"] == "DaemonSet"
+        for container in containers(found)
+        for port in container["ports"]
+    ]
+    assert len(ports) == len(set(ports)) == 4
+
+
 def assert_served(container: Object, addresses: dict[str, str], host_ip: str) -> None:
     """Asserts that a container on the host's network names exactly the ports at which it listens."""
     assert {port["name"] for port in container["ports"]} == addresses.keys()
@@ -110,7 +123,8 @@ def test_probes_request_pages_that_are_served(tools: Tools) -> None:
     assert probes["readinessProbe"]["path"] == "/readyz"
     assert probes["livenessProbe"]["path"] == "/healthz"
     (other,) = exporter(tools)["containers"]
-    assert {kind: other[kind] for kind in probes} == {kind: container[kind] for kind in probes}
+    for kind, probe in probes.items():
+        assert other[kind] == {**container[kind], "httpGet": {"path": probe["path"], "port": "http"}}
 
 
 def test_the_paths_of_the_plugin_are_mounted(tools: Tools) -> None:

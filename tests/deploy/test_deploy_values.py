@@ -39,7 +39,8 @@ def pod_spec(tools: Tools, *arguments: str) -> Object:
         (("--set", "domain=Usbip.Dev"), "/domain"),
         (("--set", "domain=usbip.dev/storage"), "/domain"),
         (("--set", "port=0"), "/port"),
-        (("--set", "port=65535"), "/port"),
+        (("--set", "port=65536"), "/port"),
+        (("--set", "probePort=0"), "/probePort"),
         (("--set-string", "listenOnNode=false"), "/listenOnNode"),
         (("--set-string", "port=13240"), "/port"),
         (("--set", "kubelet.podResourcesSocket=var/lib/kubelet/pod-resources/kubelet.sock"), "/podResourcesSocket"),
@@ -115,18 +116,18 @@ def test_selinux_options_are_the_pods(tools: Tools) -> None:
     }
 
 
-def test_another_port_is_used_everywhere(tools: Tools) -> None:
-    (container,) = pod_spec(tools, "--set", "port=9999")["containers"]
-    assert container["args"] == ["run", "--listen=127.0.0.1:9999,[$(HOST_IP)]:9999", "--probes=127.0.0.1:10000"]
+def test_other_ports_are_used_everywhere(tools: Tools) -> None:
+    (container,) = pod_spec(tools, "--set", "port=9999,probePort=9998")["containers"]
+    assert container["args"] == ["run", "--listen=127.0.0.1:9999,[$(HOST_IP)]:9999", "--probes=127.0.0.1:9998"]
     assert [(port["name"], port["containerPort"], port["hostPort"]) for port in container["ports"]] == [
         ("http", 9999, 9999),
-        ("probes", 10000, 10000),
+        ("probes", 9998, 9998),
     ]
 
 
 def test_the_pages_can_be_taken_off_the_nodes_address(tools: Tools) -> None:
     (container,) = pod_spec(tools, "--set", "listenOnNode=false")["containers"]
-    assert container["args"] == ["run", "--listen=127.0.0.1:13240", "--probes=127.0.0.1:13241"]
+    assert container["args"] == ["run", "--listen=127.0.0.1:13240", "--probes=127.0.0.1:13242"]
 
 
 @pytest.mark.parametrize(
