@@ -79,7 +79,7 @@ def apply_rules(lease: Lease) -> None:
     decisions = [
         protocol.decide_acquire(lease, KEY, LockMeta(identity=Identity(1 << 16 | 2, "S")), WRITE, None, True),
         protocol.decide_amend(lease, WRITE, {record.PORT: "1"}),
-        protocol.decide_release(lease, WRITE),
+        *(protocol.decide_release(lease, WRITE, evident) for evident in (True, False)),
         protocol.decide_session(lease, WRITE),
     ]
     for decision in decisions:

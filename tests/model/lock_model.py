@@ -88,11 +88,15 @@ class Habits:
 
 
 class Hold(enum.IntEnum):
-    """Whether the lock names a node: NO, with its present boot (NOW), or with an earlier boot (OLD)."""
+    """Whether the lock names a node: NO, with its present boot (NOW), or with an earlier boot (OLD).
+
+    LEFT: it names nobody, and has an earlier boot of this node.
+    """
 
     NO = 0
     NOW = 1
     OLD = 2
+    LEFT = 3
 
 
 class Use(enum.IntEnum):
@@ -104,17 +108,18 @@ class Use(enum.IntEnum):
 
 
 class LockView(enum.IntEnum):
-    """The lock as one node sees it. OTHERS_OLD names another node with an earlier boot."""
+    """The lock as one node sees it. OTHERS_OLD names another node with an earlier boot, LEFT nobody, but has a boot."""
 
     ABSENT = 0
     FREE = 1
     MINE = 2
     OTHERS = 3
     OTHERS_OLD = 4
+    LEFT = 5
 
 
 class Target(NamedTuple):
-    """State of the lock after a write: its holder as the writer sees it, and whether it has the writer's boot."""
+    """State of the lock after a write: its holder as the writer sees it, and what it says about the writer."""
 
     holder: str
     hold: Hold
@@ -213,7 +218,7 @@ class Model:
             return KEEPS_LOST
         if self.bounds.meddling:
             return None
-        if (self.live(node) and node.holds is not Hold.NOW) or (node.twin and node.holds is not Hold.OLD):
+        if (self.live(node) and node.holds is not Hold.NOW) or (node.twin and node.holds not in (Hold.OLD, Hold.LEFT)):
             return NOT_NAMED
         return None
 
@@ -244,7 +249,7 @@ class Model:
         if node.operation is None and node.use is Use.IDLE:
             yield from self._acquire(node, lease, unused)
             yield from self._renew(node, lease)
-        yield from self._write_aside(node, lease)
+        yield from self._write_aside(node, lease, unused)
         if node.operation is not None:
             yield from self._operate(node, node.operation)
         for stray in node.strays:
@@ -256,7 +261,7 @@ class Model:
         if self.bounds.outages and lease is not None and lease.holder not in ("", ME.node):
             observation = node.observation if self.habits.counts_outages else None
             yield Step("cannot read for a while", node._replace(observation=observation, reading=None, quiet=0.0))
-        if self.bounds.beats and (node.holds is not Hold.NO or node.operation is not None):
+        if self.bounds.beats and (node.holds in (Hold.NOW, Hold.OLD) or node.operation is not None):
             decision = self.rules.decide_session(self.session(node.duration), self.write(node))
             assert not isinstance(decision, Denied)
             yield Step("heartbeat", node, Beat.BEAT)
@@ -284,11 +289,17 @@ class Model:
             return self.habits.believes_every_list
         return node.listed if self.habits.trusts_old_lists else unused
 
+    def _evident(self, unused: bool) -> bool:
+        """Returns whether the next list with the device shows that it is free. A device may be missing in any list."""
+        return not self.bounds.lists_in_use or unused
+
     # R2, R3, R4: acquire; R1, R6: renew
 
     def _acquire(self, node: Node, lease: Lease | None, unused: bool) -> Iterator[Step]:
         """Acquires as LockManager.acquire does: an observation of another node's lock is confirmed by one more read."""
         listed, observation, quiet = self._listed(node, unused), node.observation, node.quiet
+        if self.bounds.lists_in_use and protocol.is_left(lease, ME):
+            listed = True
         taking = lease is not None and lease.holder not in ("", ME.node)
         after = node._replace(until=None)
         if taking and observation is not None and listed and lease is not None:
@@ -354,7 +365,7 @@ class Model:
 
     # the holder's other writes, without a wait for their answers
 
-    def _write_aside(self, node: Node, lease: Lease | None) -> Iterator[Step]:
+    def _write_aside(self, node: Node, lease: Lease | None, unused: bool) -> Iterator[Step]:
         if node.operation is not None:
             return
         if self.bounds.amends and node.use is not Use.IDLE:
@@ -364,7 +375,8 @@ class Model:
                 strays = tuple(sorted({*node.strays, target}))
                 yield Step("sends an annotation", node._replace(strays=strays), broken=broken)
         if node.use is Use.IDLE or (node.use is Use.ATTACHED and self.habits.lets_go_while_attached):
-            target, broken = self.target(lease, self.rules.decide_release(lease, self.write(node)))
+            decision = self.rules.decide_release(lease, self.write(node), self._evident(unused))
+            target, broken = self.target(lease, decision)
             if target is not None:
                 strays = tuple(sorted({*node.strays, target}))
                 yield Step("sends, to release", node._replace(until=None, strays=strays), broken=broken)
@@ -414,7 +426,7 @@ class Model:
         attached = node.use is Use.ATTACHED
         yield Step("plugin dies and starts anew", blank._replace(use=Use.ATTACHED if attached else Use.IDLE))
         if self.bounds.reboots:
-            old = Hold.OLD if node.holds is not Hold.NO else Hold.NO
+            old = Hold.OLD if node.holds is Hold.NOW else node.holds
             strays = tuple(sorted({stray._replace(hold=Hold.OLD) if stray.holder else stray for stray in strays}))
             yield Step("node reboots", blank._replace(holds=old, strays=strays))
             if self.bounds.twins and attached and not node.twin:
@@ -527,8 +539,9 @@ class Model:
         if lock is LockView.ABSENT:
             return None
         notes = record.device_annotations(KEY)
-        if lock is LockView.FREE:
-            return Lease(KEY.id, transitions=EPOCH, annotations=notes, resource_version="1")
+        if lock in (LockView.FREE, LockView.LEFT):
+            left = {record.BOOT_ID: "boot-of-somebody-before"} if lock is LockView.LEFT else {}
+            return Lease(KEY.id, transitions=EPOCH, annotations={**notes, **left}, resource_version="1")
         mine = lock is LockView.MINE
         boots = {"me": ME.boot_id, "me-old": "boot-of-me-before", "other": "boot-of-other", "old": "another-of-other"}
         if mine:
@@ -555,7 +568,10 @@ class Model:
         ):
             return None, None
         boot = new.annotations.get(record.BOOT_ID)
-        hold = (Hold.NOW if boot == ME.boot_id else Hold.OLD) if new.holder else Hold.NO
+        if new.holder:
+            hold = Hold.NOW if boot == ME.boot_id else Hold.OLD
+        else:
+            hold = Hold.LEFT if boot is not None else Hold.NO
         return Target(new.holder, hold), self._epoch(lease, new)
 
     def _epoch(self, old: Lease | None, new: Lease) -> str | None:
@@ -573,7 +589,7 @@ class Model:
     ) -> None:
         """Checks that the advertised status agrees with the decision."""
         if self.rules.decide_acquire is protocol.decide_acquire:
-            if protocol.of_another_boot(lease, ME):
+            if protocol.of_another_boot(lease, ME) or protocol.is_left(lease, ME):
                 assert isinstance(decision, Denied) == (not listed)
                 return
             status = protocol.lock_status(lease, ME, observation if listed else None)
@@ -582,7 +598,7 @@ class Model:
     @staticmethod
     def words(target: Target) -> str:
         if target.holder == "":
-            return "the lock is free"
+            return "the lock is free" if target.hold is Hold.NO else "the lock is left, with an old boot"
         if target.holder != ME.node:
             return "the lock still names another"
         return "the lock names it" + (", under its old boot" if target.hold is Hold.OLD else "")

@@ -42,7 +42,7 @@ def twice(sent_at: float, window: float) -> float:
 def whoever_holds_it(
     lease: Lease | None, key: DeviceKey, meta: LockMeta, write: Write, _seen: Observation | None, _listed: bool
 ) -> Decision:
-    free = replace(lease, holder="") if lease is not None else None
+    free = replace(lease, holder="", annotations={}) if lease is not None else None
     return protocol.decide_acquire(free, key, meta, write, None, False)
 
 
@@ -103,7 +103,7 @@ def seen_when_answered(
     return protocol.observe(before, lock, session, answered, answered, duration)
 
 
-def whoever_has_it(lease: Lease | None, write: Write) -> Decision:
+def whoever_has_it(lease: Lease | None, write: Write, _evident: bool) -> Decision:
     return protocol.released(lease, write) if lease is not None else Denied(lease)
 
 
@@ -123,9 +123,19 @@ def another_boot_is_free(
     return protocol.decide_acquire(lease, key, meta, write, seen, listed or protocol.of_another_boot(lease, write.me))
 
 
-def released_under_any_boot(lease: Lease | None, write: Write) -> Decision:
+def left_is_free(
+    lease: Lease | None, key: DeviceKey, meta: LockMeta, write: Write, seen: Observation | None, listed: bool
+) -> Decision:
+    return protocol.decide_acquire(lease, key, meta, write, seen, listed or protocol.is_left(lease, write.me))
+
+
+def released_under_any_boot(lease: Lease | None, write: Write, _evident: bool) -> Decision:
     mine = lease is not None and lease.holder == write.me.node
     return protocol.released(lease, write) if lease is not None and mine else Denied(lease)
+
+
+def left_in_any_case(lease: Lease | None, write: Write, _evident: bool) -> Decision:
+    return protocol.decide_release(lease, write, True)
 
 
 def detached_at_once(lock: Lock | None, me: NodeIdentity, _held_for: float, window: float) -> Loss:
@@ -184,6 +194,13 @@ MUTANTS = (
         NOT_NAMED,
         rules=Rules(decide_release=released_under_any_boot),
         bounds=Bounds(twins=True),
+    ),
+    Mutant("R3", "left-is-free", rules=Rules(decide_acquire=left_is_free), bounds=Bounds(twins=True)),
+    Mutant(
+        "R3",
+        "left-in-any-case",
+        rules=Rules(decide_release=left_in_any_case),
+        bounds=Bounds(twins=True, lists_in_use=True),
     ),
     Mutant("R4", "every-list-is-evidence", habits=Habits(believes_every_list=True), bounds=Bounds(lists_in_use=True)),
     Mutant(

@@ -18,6 +18,13 @@ MASK = (1 << BITS) - 1
 Known = tuple[str, int, Target | Beat | None, str | None]
 
 
+HOLDS = {
+    Hold.NOW: "has the lock",
+    Hold.OLD: "has the lock under its old boot",
+    Hold.LEFT: "has left the lock with its old boot",
+}
+
+
 class World(NamedTuple):
     """State of the model: the numbers of the nodes' states, in the order of the nodes, and whether the lock exists."""
 
@@ -136,7 +143,8 @@ class Search:
 
     def moves(self, world: World) -> Iterator[Move]:
         nodes, exists = world
-        holder = next((i for i, node in enumerate(nodes) if self._nodes[node].holds), None)
+        holds = [self._nodes[node].holds for node in nodes]
+        holder = next((i for i, hold in enumerate(holds) if hold in (Hold.NOW, Hold.OLD)), None)
         attached = any(self._nodes[node].use is Use.ATTACHED or self._nodes[node].twin for node in nodes)
         done: set[tuple[int, bool]] = set()
         for i, node in enumerate(nodes):
@@ -144,11 +152,11 @@ class Search:
                 continue  # another node has an equal state
             done.add((node, i == holder))
             if holder is None:
-                view = LockView.FREE if exists else LockView.ABSENT
+                view = LockView.LEFT if Hold.LEFT in holds else LockView.FREE if exists else LockView.ABSENT
             elif holder == i:
                 view = LockView.MINE
             else:
-                view = LockView.OTHERS if self._nodes[nodes[holder]].holds is Hold.NOW else LockView.OTHERS_OLD
+                view = LockView.OTHERS if holds[holder] is Hold.NOW else LockView.OTHERS_OLD
             theirs = self._nodes[nodes[holder]].duration if holder is not None else 0.0
             for label, after, effect, broken in self._local(node, view, not attached, theirs):
                 moved = (*nodes[:i], after, *nodes[i + 1 :])
@@ -171,9 +179,10 @@ class Search:
 
     def _write(self, nodes: tuple[int, ...], writer: int, holder: int | None, target: Target) -> tuple[int, ...]:
         new = None if target.holder == "" else writer if target.holder == ME.node else holder
+        named = writer if target.hold is Hold.LEFT else new
         result = []
         for i, node in enumerate(nodes):
-            hold = Hold.NO if i != new else target.hold if new == writer else Hold.OLD
+            hold = Hold.NO if i != named else target.hold if named == writer else Hold.OLD
             key = (node, int(hold), new == holder)
             if key not in self._changed:
                 self._changed[key] = self._number(
@@ -246,7 +255,7 @@ class Search:
         node = self._nodes[number]
         words = []
         if node.holds:
-            words.append("has the lock" + (" under its old boot" if node.holds is Hold.OLD else ""))
+            words.append(HOLDS[node.holds])
         if node.use is Use.ATTACHED:
             words.append("has the device")
         if node.twin:

@@ -46,6 +46,7 @@ def test_everything_happens() -> None:
         "given up before, takes effect: the lock names it",
         "given up before, takes effect: the lock names it, under its old boot",
         "given up before, takes effect: the lock is free",
+        "given up before, takes effect: the lock is left, with an old boot",
         "hears that its write took effect",
         "gives up",
         "starts to import",

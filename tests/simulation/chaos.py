@@ -621,7 +621,7 @@ class Chaos:
             self.lost_locks[key, node.name] = loop_of().time()
             lease = self.cluster.backend.leases[key.id]
             write = self._write(OUTSIDER, "taken")
-            decision = decide_acquire(replace(lease, holder=""), key, LockMeta(), write, None, False)
+            decision = decide_acquire(replace(lease, holder="", annotations={}), key, LockMeta(), write, None, False)
             assert isinstance(decision, Replace)
             self.cluster.backend.replace(decision.lease)
 

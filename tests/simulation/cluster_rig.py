@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
 
 from usbip_plugin.attach.containers import ContainerResponse
@@ -13,7 +14,8 @@ from usbip_plugin.attach.events import DeviceEvent
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.locks import record
 from usbip_plugin.locks.manager import LockSettings
-from usbip_plugin.model import Attachment, DeviceKey, Health, PodRef, Reason, UsbId
+from usbip_plugin.locks.protocol import Write, released
+from usbip_plugin.model import Attachment, DeviceKey, Health, NodeIdentity, PodRef, Reason, UsbId
 from usbip_plugin.node.agent import Agent, MetricHooks
 from usbip_sim.server.server import VirtualServer
 from usbip_sim.server.usbdevice import VirtualDevice
@@ -214,8 +216,8 @@ class Cluster(simulated.Cluster):
     def release_by_hand(self, device: DeviceKey) -> None:
         """Empties the device's lock as `usbip-plugin release` does."""
         lease = self.backend.leases[device.id]
-        notes = {**lease.annotations, record.WRITE_ID: record.BY_HAND}
-        self.backend.replace(replace(lease, holder="", annotations=notes))
+        write = Write(NodeIdentity(lease.holder, ""), datetime(2026, 1, 1, tzinfo=UTC), record.BY_HAND, 0.0)
+        self.backend.replace(released(lease, write).lease)
 
     def mislead(self, device: DeviceKey, serial: str) -> None:
         """Writes a wrong serial number on the lock, as when a server reuses the device number of another device."""

@@ -20,6 +20,8 @@ RULES = (
     "R3 own, written again",
     "R3 own of an earlier boot, taken anew",
     "R3 another boot, denied",
+    "R3 another boot, left",
+    "R3 left, taken",
     "R4 expired, taken over",
     "R4 held, denied",
     "R5 released",
@@ -68,9 +70,10 @@ class CountedRules:
     ) -> Decision:
         decision = self._inner.decide_acquire(lease, key, meta, write, observation, importable)
         if isinstance(decision, Denied):
-            rule = "R3 another boot, denied" if protocol.of_another_boot(lease, write.me) else "R4 held, denied"
+            other_boot = protocol.of_another_boot(lease, write.me) or protocol.is_left(lease, write.me)
+            rule = "R3 another boot, denied" if other_boot else "R4 held, denied"
         elif protocol.is_free(lease):
-            rule = "R2 free, taken"
+            rule = "R3 left, taken" if protocol.is_left(lease, write.me) else "R2 free, taken"
         elif protocol.is_mine(lease, write.me):
             rule = "R3 own, written again"
         elif lease is not None and lease.holder == write.me.node:
@@ -86,10 +89,11 @@ class CountedRules:
             self._counts["R6 lost, seen at a write"] += 1
         return decision
 
-    def _release(self, lease: Lease | None, write: Write) -> Decision:
-        decision = self._inner.decide_release(lease, write)
+    def _release(self, lease: Lease | None, write: Write, evident: bool) -> Decision:
+        decision = self._inner.decide_release(lease, write, evident)
         if not isinstance(decision, Denied):
-            self._counts["R5 released"] += 1
+            other_boot = protocol.of_another_boot(lease, write.me)
+            self._counts["R3 another boot, left" if other_boot else "R5 released"] += 1
         return decision
 
     def _loss(self, lock: Lock | None, me: NodeIdentity, held_for: float, import_window: float) -> Loss:

@@ -42,7 +42,7 @@ from usbip_plugin.locks.writer import AcknowledgedWrite, WriteAttempts, Writer
 from usbip_plugin.model import Attachment, Descriptor, DeviceKey, Endpoint, ServerKey
 from usbip_plugin.usbip.client import TcpUsbipClient
 from usbip_plugin.usbip.connect import Source
-from usbip_plugin.usbip.poller import ServerPoller
+from usbip_plugin.usbip.poller import ExportState, ServerPoller
 from usbip_sim.leases import MemoryBackend
 
 TWO_IMPORTS = "one import, by the nodes' account"
@@ -111,8 +111,9 @@ def at_once(*seen: Any) -> Observation:
     return replace(protocol.observe(*seen), duration=0.0)
 
 
-async def as_it_was_listed(self: ServerPoller, key: DeviceKey) -> bool:
-    return any(device.busid == key.busid for device in self.views[key.server].devices)
+async def as_it_was_listed(self: ServerPoller, key: DeviceKey) -> ExportState:
+    listed = any(device.busid == key.busid for device in self.views[key.server].devices)
+    return ExportState.FREE if listed else ExportState.UNLISTED
 
 
 # R5
@@ -216,8 +217,8 @@ async def never_ended(_self: HalfOpenConnections) -> None:
     await asyncio.Event().wait()
 
 
-def without_its_source(lease: Lease | None, write: Write) -> Decision:
-    decision = protocol.decide_release(lease, write)
+def without_its_source(lease: Lease | None, write: Write, evident: bool) -> Decision:
+    decision = protocol.decide_release(lease, write, evident)
     if not isinstance(decision, Replace):
         return decision
     notes = record.merged_annotations(decision.lease.annotations, {record.IMPORT_FROM: None})
@@ -360,7 +361,9 @@ MUTANTS = (
         "R3", "an earlier boot is not mine", NOT_BACK, (REBOOT,), Wrong(Rules(decide_acquire=no_boot_but_this_is_mine))
     ),
     Mutant("R4", "expired at once", TWO_IMPORTS, (SLOWLY,), Wrong(Rules(observe=at_once))),
-    Mutant("R4", "an old list trusted", NOT_LOCKED, (STARVED,), patched(ServerPoller, "is_exported", as_it_was_listed)),
+    Mutant(
+        "R4", "an old list trusted", NOT_LOCKED, (STARVED,), patched(ServerPoller, "export_state", as_it_was_listed)
+    ),
     Mutant(
         "R5",
         "released before it is detached",

@@ -26,9 +26,11 @@ from usbip_plugin.locks.manager import Grant, LockManager
 from usbip_plugin.locks.record import IMPORT_FROM
 from usbip_plugin.model import DeviceKey, Endpoint, Lock
 from usbip_plugin.usbip import client
+from usbip_plugin.usbip.poller import ExportState, ServerPoller
 from usbip_plugin.vhci.driver import PortState
 from usbip_sim.kernel.driver import SimulatedVhci
 
+export_state = ServerPoller.export_state
 detach_and_release = Releaser.detach_and_release
 write_again, check_still_ours = Pipeline._write_again, Pipeline._check_still_ours
 
@@ -76,6 +78,12 @@ async def records_of_the_tool(self: SimulatedVhci) -> tuple[PortState, ...]:
     return tuple(replace(port, by_plugin=False) for port in self.ports_now())
 
 
+async def only_a_list_with_it_counts(self: ServerPoller, key: DeviceKey) -> ExportState:
+    """Takes a list without the device for no answer."""
+    state = await export_state(self, key)
+    return ExportState.UNKNOWN if state is ExportState.UNLISTED else state
+
+
 def attach_silently(self: KubeletPublisher, server: DevicePluginServer) -> None:
     """Ignores that the first list was sent."""
     self._servers[server.resource] = server
@@ -110,5 +118,6 @@ PAST: Mapping[str, Wrong] = {
     "an-allocate-while-the-plugin-ends": patched(DeviceTasks, "spawn", spawn_in_any_case),
     "an-attachment-without-lock-and-pod": patched(SimulatedVhci, "ports", records_of_the_tool),
     "a-lower-count-that-is-left-to-the-kubelet": patched(NodeStatusPublisher, "_lowers", below_what_was_written),
+    "a-lock-of-a-bus-id-that-is-not-used-again": patched(ServerPoller, "export_state", only_a_list_with_it_counts),
     "a-count-that-waits-for-a-change": patched(KubeletPublisher, "attach", attach_silently),
 }

@@ -249,13 +249,9 @@ class _Play:
                 self._result.counts["a server was restarted for half-open connections"] += 1
                 server.halt()
                 server.running = True
-        for name, lease in list(c.backend.leases.items()):
-            # R3: no list shows whether the machine with the earlier boot has the device, if its server lists devices in
-            # use, or if the bus ID, which only a restored lock still names, is never listed again
-            gone = name not in {key.id for key in _devices(c)}
-            if not record.is_lock_name(name) or not (gone or self._plan.settings.lists_in_use):
-                continue
-            node = c.nodes.get(lease.holder)
+        for name, lease in list(c.backend.leases.items()) if self._plan.settings.lists_in_use else ():
+            # such a server does not show whether the machine with the earlier boot has the device (R3)
+            node = c.nodes.get(lease.holder) if record.is_lock_name(name) else None
             boot = node.agent.locks._me.boot_id if node is not None and node.agent is not None else None
             if boot is not None and lease.annotations.get(record.BOOT_ID) != boot:
                 self.note(f"a person releases {name}, which an earlier boot of {lease.holder} holds")

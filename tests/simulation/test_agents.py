@@ -34,11 +34,13 @@ from usbip_plugin.attach.usage import ALLOCATION_GRACE
 from usbip_plugin.claims import ClaimState
 from usbip_plugin.config.schema import Config, OnLoss
 from usbip_plugin.errors import ClaimBusy
+from usbip_plugin.inventory.handover import RESET_GRACE
 from usbip_plugin.inventory.health import API_GRACE
 from usbip_plugin.locks import record
 from usbip_plugin.locks.protocol import Rules
 from usbip_plugin.model import Attachment, DeviceKey, Reason
 from usbip_plugin.usbip.poller import ServerFlaw
+from usbip_sim.server.server import VirtualServer
 from usbip_sim.server.usbdevice import VirtualDevice
 from usbip_sim.virtual.cluster_node import ClusterNode
 from usbip_sim.virtual.steploop import stepped
@@ -749,6 +751,41 @@ async def test_a_rebooted_node_takes_its_own_lock_again_for_a_pod_that_is_still_
         assert await c.settle(lambda: node.attached() == {device}, 10)
         assert c.holder(device) == "node-a"
         assert c.backend.leases[device.id].transitions == epoch + 1, "another boot is another epoch (R3)"
+
+
+async def rebooted_without_pod(c: Cluster, lab: VirtualServer, device: DeviceKey) -> ClusterNode:
+    """Reboots node-a, whose pod has ended meanwhile, and whose device is unplugged."""
+    node = await c.taken(device)
+    node.reboot()
+    node.end(pod("p"))
+    lab.unplug(device.busid)
+    return node
+
+
+@stepped
+async def test_a_rebooted_node_releases_the_lock_of_a_device_that_is_not_plugged_in_any_more() -> None:
+    async with one_stick() as (c, lab, device):
+        node = await rebooted_without_pod(c, lab, device)
+        node.start()
+        assert await c.settle(lambda: c.holder(device) == "", 10)
+        unlisted = c.settle(lambda: reason(node, device) is Reason.NOT_LISTED, RESET_GRACE / 2)
+        assert await unlisted, "it is not offered as a device that its holder has detached"
+        lab.plug(stick("1-1"))
+        await c.all_healthy(device)
+        assert await c["node-b"].admit(pod("q"), "stick") is None
+
+
+@stepped
+async def test_a_machine_that_takes_back_a_lock_that_was_left_keeps_it() -> None:
+    """Two machines have one name, and each has an API server."""
+    async with one_stick() as (c, lab, device):
+        node = await rebooted_without_pod(c, lab, device)
+        held = c.backend.leases[device.id]
+        node.start()
+        assert await c.settle(lambda: c.holder(device) == "", 10)
+        left = c.backend.leases[device.id]
+        c.backend.replace(replace(held, resource_version=left.resource_version, transitions=left.transitions + 1))
+        assert not await c.settle(lambda: c.holder(device) == "", 60)
 
 
 @stepped

@@ -116,12 +116,12 @@ async def taken_over(story: Story) -> None:
 
 
 async def robbed(story: Story) -> None:
-    """Writes the name of node-b into the lock of a device that node-a has attached."""
+    """Writes the name of a node outside of the cluster into the lock of a device that node-a has attached."""
     async with one_stick(change=story.traced) as (c, _lab, device):
         a = await c.admitted(device)
         lease = c.backend.leases[device.id]
         notes = {**lease.annotations, "usbip.dev/traceparent": TAKER}
-        c.backend.replace(replace(lease, holder="node-b", transitions=lease.transitions + 1, annotations=notes))
+        c.backend.replace(replace(lease, holder="node-z", transitions=lease.transitions + 1, annotations=notes))
         await c.becomes(a, device, healthy=False)
         assert await c.settle(lambda: a.attached() == frozenset(), 15)
 

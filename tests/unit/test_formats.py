@@ -114,7 +114,7 @@ class TestLock:
         held = self.acquired()
         assert held.annotations[record.FORMAT] == "2/1"
         assert lock_of(held).import_from == HERE
-        decision = decide_release(held, Write(self.ME, self.WHEN, "w", 40.0))
+        decision = decide_release(held, Write(self.ME, self.WHEN, "w", 40.0), False)
         assert isinstance(decision, Replace)
         assert lock_of(decision.lease).import_from == HERE
         assert lock_of(self.released_by_version_1(held)).import_from == HERE

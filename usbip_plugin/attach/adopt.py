@@ -83,6 +83,8 @@ class Adopter:
         self._tasks = tasks
         self._releaser = releaser
         self._monitor = monitor
+        self._left: dict[str, str | None] = {}
+        """By device ID: the other boot whose lock this process has released last."""
 
     async def adopt(self, used: Mapping[str, DeviceUser], *, complete: bool, also_lost: bool) -> None:
         """Adopts every device that belongs to this node by the locks and the port records.
@@ -196,17 +198,21 @@ class Adopter:
                     self._tasks.spawn(self._releaser.finish_locked(key.id, ClaimState.RELEASING), f"release {key}")
 
     async def _release_earlier(self, claim: Claim) -> None:
-        """Releases the lock of a device that another boot had, if the server lists the device as free (R3).
+        """Releases the lock of a device that another boot had, if the server answers (R3).
 
         There is no claim on the device meanwhile, so that no Allocate waits for it. The next adopt() tries again.
+        A machine that takes its lock back is alive, and keeps it.
         """
         async with self._tasks.mutex(claim.id):
             lock = self._locks.locks.get(claim.id)
             if lock is None or lock.boot_id == self._me.boot_id or self._tasks.book.in_use(claim.id):
                 return
+            if self._left.get(claim.id, "") == lock.boot_id:
+                return
             with contextlib.suppress(LockError, CdiError):
                 self._specs.remove(claim)
                 await self._locks.release(claim.key)
+                self._left[claim.id] = lock.boot_id
                 log.info(
                     "device released", extra={"device": str(claim.key), "pod": str(lock.pod) if lock.pod else None}
                 )

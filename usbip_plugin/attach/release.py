@@ -80,7 +80,7 @@ class Releaser:
                             await self._locks.release(claim.key, failed=outcome)
                     break
                 except LockHeld:
-                    break  # another boot has the lock: adopt() releases it when its server lists the device (R3)
+                    break  # another boot has the lock: adopt() releases it when its server answers (R3)
                 except LockLost:
                     self._book.move(self._book[device_id], ClaimEvent.LOCK_LOST)
                 except (VhciError, LockError, KubeError) as error:

@@ -84,11 +84,14 @@ class HandoverTracker:
         self._locks.expiry.set_importable(importable(evident) - distrusted)
 
     def lock_changed(self, change: LockChange) -> None:
-        """Notes a device that another node has taken or written, or that its holder has released."""
+        """Notes a device that another node has taken or written, or that its holder has released.
+
+        Not one that was left under another boot: its holder has not detached it (R3).
+        """
         self._note_attached(change)
         if change.old != change.new and change.holder not in ("", self._me):
             self._distrust_list(change)
-        elif change.former and not change.holder and change.new is not None:
+        elif change.former and not change.holder and change.new is not None and change.new.boot_id is None:
             key = change.new.key
             server = key.server if key is not None else None
             if server is not None:

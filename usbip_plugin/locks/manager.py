@@ -10,6 +10,7 @@ import random
 import weakref
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 from opentelemetry.trace import Tracer
 
@@ -25,6 +26,7 @@ from usbip_plugin.locks.watch import ApiReachability, ApiState, LockCache, LockC
 from usbip_plugin.locks.writer import AcknowledgedWrite, WriteAttempts, Writer
 from usbip_plugin.model import DeviceKey, Endpoint, Identity, Lock, NodeIdentity, PodRef, ServerKey, UsbId
 from usbip_plugin.observe.spans import device_attributes, span
+from usbip_plugin.usbip.poller import ExportState
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +87,8 @@ class LockManager:
         other servers than those of follow(), and bounded, see locks/kept.py.
     rules: the lock rules, with which callers check during an import whether it may go on (R1).
     ready: set once the locks have been read.
-    is_listed(key): asks the device's server, right before a takeover, whether it lists the device as free (R3, R4):
-        `expiry` may be stale if this process was suspended. With None, `expiry` alone decides.
+    export_state(key): asks the device's server, right before a takeover, whether it lists the device (R3, R4): `expiry`
+        may be stale if this process was suspended. With None, `expiry` alone decides.
     on_acquire(result, seconds): called at the end of each acquire().
     is_claimed(device_id): whether the node has a claim on the device, so that its lock is kept in `locks`.
     """
@@ -100,13 +102,13 @@ class LockManager:
         settings: LockSettings,
         tracer: Tracer,
         rules: Rules | None = None,
-        is_listed: Callable[[DeviceKey], Awaitable[bool]] | None = None,
+        export_state: Callable[[DeviceKey], Awaitable[ExportState]] | None = None,
         on_acquire: Callable[[Acquired, float], None] = lambda _result, _seconds: None,
         is_claimed: Callable[[str], bool] = lambda _device_id: False,
     ) -> None:
         self._me, self._clock, self._tracer = me, clock, tracer
         self.settings, self.rules = settings, rules or Rules()
-        self._is_listed = is_listed
+        self._export_state = export_state
         self._on_acquire = on_acquire
         self._subscribers: list[Callable[[LockChange], None]] = []
         self._api_subscribers: list[Callable[[ApiState], None]] = []
@@ -196,11 +198,12 @@ class LockManager:
         """Takes the lock, or writes it once more if this boot of this node holds it already (R2, R3, R4).
 
         Raises LockHeld if another node holds it, or another boot of this node (R3). Raises LockUnavailable if the API
-        server does not answer or refuses.
+        server does not answer or refuses, or if another boot left the lock and the server does not list the device.
         If the call is cancelled or unavailable and its write takes effect after all, run() releases the lock again.
         With claimed=True, run() does not release it: the caller must, whatever the outcome of this call. A lock that a
         person has released is not taken then (R6).
-        With attached=True, the device is attached here, so that nobody else has it: a lock that was set back is taken.
+        With attached=True, the device is attached here, so that nobody else has it: a lock that was set back or left is
+        taken.
         """
         former: Lock | None = None
         tenure = self._tenures.get(key.id) if attached else None
@@ -209,18 +212,20 @@ class LockManager:
             nonlocal former
             if lease is not None and protocol.is_set_back(record.lock_of(lease), self._me, tenure):
                 free = replace(lease, holder="")
-                return self.rules.decide_acquire(free, key, meta or LockMeta(), write, None, False)
+                return self.rules.decide_acquire(free, key, meta or LockMeta(), write, None, True)
             if claimed and lease is not None and protocol.released_by_hand(lease):
                 return Denied(lease)
-            importable = self.expiry.importable(key.id)
+            left = protocol.is_left(lease, self._me)
+            importable = attached if left else self.expiry.importable(key.id)
             observation = self.expiry.observation(key.id)
-            ask = protocol.of_another_boot(lease, self._me)
+            ask = (left and not attached) or protocol.of_another_boot(lease, self._me)
             if lease is not None and observation is not None and protocol.may_take_over(lease, observation):
                 observation = await self.expiry.confirm(lease)
                 # ask only after the expiry: by then every import under an earlier write has ended
                 ask = importable
-            if ask and self._is_listed is not None:
-                importable = await self._is_listed(key)
+            if ask and self._export_state is not None:
+                state = await self._export_state(key)
+                importable = state is ExportState.FREE or (left and state is ExportState.LISTED)
             decision = self.rules.decide_acquire(lease, key, meta or LockMeta(), write, observation, importable)
             taken = lease is not None and not isinstance(decision, Denied) and lease.holder not in ("", self._me.node)
             former = record.lock_of(lease) if lease is not None and taken else None
@@ -296,16 +301,16 @@ class LockManager:
             return record.lock_of((await self._amend(key, changes, identity)).lease)
 
     async def release(self, key: DeviceKey, *, failed: bool | None = None) -> None:
-        """Clears the holder if it is this node. A lock of another boot is taken first, and so only as R3 allows.
+        """Clears the holder if it is this node. Does nothing if another node holds the lock.
 
-        Does nothing if another node holds the lock. Raises the errors of acquire(). The caller must have freed the port
-        (R5).
+        The caller must have freed the port (R5). Raises LockUnavailable if the API server does not answer or refuses,
+        LockHeld if another boot of this node holds the lock and the server's answer does not let it go (R3).
 
         failed: whether the Allocate failed because of the device, which is recorded; None to leave the record.
         """
 
         async def decide(lease: Lease | None, write: Write) -> Decision:
-            decision = await self._decide_release(lease, write)
+            decision = await self._decide_release(key, lease, write)
             if failed is None or isinstance(decision, Denied):
                 return decision
             notes = {record.FAILED_EPOCH: str(record.epoch_of(decision.lease)) if failed else None}
@@ -313,12 +318,11 @@ class LockManager:
             return replace(decision, lease=replace(decision.lease, annotations=merged))
 
         with span(self._tracer, "lock.release", device_attributes(key)):
-            lease = self._view.lease(key.id)
-            if protocol.of_another_boot(lease, self._me) and not protocol.is_in_place_of_another(lease):
-                await self.acquire(key, claimed=True)
             async with self._device_lock(key.id):
-                await self._writer.drive(key, decide)
+                outcome = await self._writer.drive(key, decide)
                 self._tenures.pop(key.id, None)
+            if isinstance(outcome, Denied) and protocol.of_another_boot(outcome.lease, self._me):
+                raise _held(key, outcome.lease)
 
     async def _amend(
         self, key: DeviceKey, changes: Mapping[str, str | None], identity: Identity | None = None
@@ -410,7 +414,7 @@ class LockManager:
                         continue
                     logger.info("orphaned lock found, releasing it", extra={"device": str(key)})
                     try:
-                        await self._writer.drive(key, self._decide_release)
+                        await self._writer.drive(key, partial(self._decide_release, key))
                     except LockUnavailable as error:
                         logger.warning("orphaned lock not released", extra={"device": str(key), "cause": str(error)})
                         self._orphaned.set()
@@ -419,15 +423,20 @@ class LockManager:
             if self._orphaned.is_set():
                 await self._clock.sleep(ORPHAN_RETRY_S)
 
-    async def _decide_release(self, lease: Lease | None, write: Write) -> Decision:
-        return self.rules.decide_release(lease, write)
+    async def _decide_release(self, key: DeviceKey, lease: Lease | None, write: Write) -> Decision:
+        evident = False
+        if protocol.of_another_boot(lease, self._me) and self._export_state is not None:
+            evident = await self._export_state(key) in (ExportState.FREE, ExportState.UNLISTED)
+        return self.rules.decide_release(lease, write, evident)
 
 
 def _held(key: DeviceKey, lease: Lease | None) -> LockError:
     if lease is None:
         return LockUnavailable(str(key), "its Lease was deleted meanwhile")
-    if lease.holder == "":
+    if protocol.released_by_hand(lease):
         return LockUnavailable(str(key), "a person has released it")
+    if protocol.is_free(lease):
+        return LockUnavailable(str(key), "an earlier boot of a node may have the device, and no list shows it as free")
     lock = record.lock_of(lease)
     since = lock.acquired_at.isoformat(timespec="seconds") if lock.acquired_at is not None else None
     return LockHeld(str(key), lock.holder, str(lock.pod) if lock.pod is not None else None, since)

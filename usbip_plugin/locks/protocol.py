@@ -3,6 +3,7 @@
 R1 Write before touch: within the import window before an import, a compare-and-swap write on the lock has succeeded.
 R2 Free: no object, or an empty holder.
 R3 Mine: by node and by boot. Another boot of this node: only if the server, asked then, lists the device as free.
+   Such a lock that nobody needs is left: it has no holder, but keeps its boot, and the next taker asks the server.
 R4 Expired: unchanged for a whole duration, and after that the server, asked again, lists the device as free.
    The list of a server that was seen to list devices in use shows nothing.
 R5 Release only when the local port is free (the caller's duty).
@@ -143,15 +144,16 @@ def decide_acquire(
 
     importable: whether the server, asked after the lock had expired, lists the device as free. An older answer does not
     count: an import under the last write may have succeeded since. Nor does the answer of a server that lists devices
-    in use.
+    in use, except for a lock that is_left(): when that was left, such a server did not list the device.
     """
     if lease is None:
         return Create(_taken(Lease(name=key.id, labels=record.LOCK_LABELS), key, meta, write))
     if is_mine(lease, write.me):
         return Replace(_stamped(lease, write, _meta_notes(lease, key, meta), record.epoch_of(lease)))
     # two machines can have one name: the one that holds the lock under another boot id may be alive
-    given_up = of_another_boot(lease, write.me) or may_take_over(lease, observation)
-    if is_free(lease) or (importable and given_up):
+    left = is_left(lease, write.me)
+    given_up = left or of_another_boot(lease, write.me) or may_take_over(lease, observation)
+    if (is_free(lease) and not left) or (importable and given_up):
         return Replace(_taken(lease, key, meta, write))
     return Denied(lease)
 
@@ -166,14 +168,22 @@ def decide_amend(lease: Lease | None, write: Write, changes: Mapping[str, str | 
     return Replace(_stamped(lease, write, changes, record.epoch_of(lease)))
 
 
-def decide_release(lease: Lease | None, write: Write) -> Decision:
-    """Decides to clear the holder if it is this boot of this node (R5). Returns Denied if it is not.
+def decide_release(lease: Lease | None, write: Write, evident: bool) -> Decision:
+    """Decides to clear the holder if it is this node (R5). Returns Denied if it is not.
 
-    A lock in place of another device is released under any boot: the lock of that device decides who has it, and the
-    bus ID may never be listed again.
+    A lock of another boot is left: it keeps its boot id, because the machine with that boot may have the device (R3).
+    It does not wait for a list with the device, because a bus ID may never be listed again.
+
+    evident: whether the server's next list with the device shows that nobody has it: the server has answered now, and
+        it hides devices in use, or does not list the device. No other lock of another boot is released.
     """
-    ours = is_mine(lease, write.me) or (of_another_boot(lease, write.me) and is_in_place_of_another(lease))
-    return released(lease, write) if lease is not None and ours else Denied(lease)
+    if lease is not None and is_mine(lease, write.me):
+        return released(lease, write)
+    if lease is not None and of_another_boot(lease, write.me) and evident:
+        left = released(lease, write).lease
+        boot = lease.annotations.get(record.BOOT_ID, "unknown")
+        return Replace(replace(left, annotations={**left.annotations, record.BOOT_ID: boot}))
+    return Denied(lease)
 
 
 def released(lease: Lease, write: Write) -> Replace:
@@ -211,9 +221,9 @@ def is_free(lease: Lease | None) -> bool:
     return lease is None or lease.holder == ""
 
 
-def is_in_place_of_another(lease: Lease | None) -> bool:
-    """Returns whether the lock was taken for a device that was known under another bus ID."""
-    return lease is not None and record.IN_PLACE_OF in lease.annotations
+def is_left(lease: Lease | None, me: NodeIdentity) -> bool:
+    """Returns whether nobody holds the lock, but the machine with another boot may have the device (R3)."""
+    return lease is not None and is_free(lease) and lease.annotations.get(record.BOOT_ID) not in (None, me.boot_id)
 
 
 def released_by_hand(lease: Lease) -> bool:
@@ -367,7 +377,7 @@ class Rules:
         decide_acquire
     )
     decide_amend: Callable[[Lease | None, Write, Mapping[str, str | None]], Decision] = decide_amend
-    decide_release: Callable[[Lease | None, Write], Decision] = decide_release
+    decide_release: Callable[[Lease | None, Write, bool], Decision] = decide_release
     decide_session: Callable[[Lease | None, Write], Decision] = decide_session
     observe: Callable[[Observation | None, Lease, Lease | None, float, float, float], Observation] = observe
     import_deadline: Callable[[float, float], float] = import_deadline

@@ -129,7 +129,7 @@ class Agent:
             lock_settings or LockSettings(duration=config.lock.duration),
             out.tracer,
             lock_rules,
-            self.poller.is_exported,
+            self.poller.export_state,
             observer.on_acquire,
             is_claimed=lambda device_id: device_id in self.claims.view,
         )

@@ -62,6 +62,19 @@ class ServerFlaw(enum.Enum):
     """It has exported a device to another node while this node had it attached."""
 
 
+class ExportState(enum.Enum):
+    """What a server, asked about one device, answers."""
+
+    FREE = enum.auto()
+    """It lists the device, and was not seen to list devices in use: nobody has the device."""
+    LISTED = enum.auto()
+    """It lists the device, but it was seen to list devices in use, too."""
+    UNLISTED = enum.auto()
+    """It does not list the device, which is unplugged, not bound, or in use."""
+    UNKNOWN = enum.auto()
+    """It does not answer."""
+
+
 ABSENCE = 10.0
 """Seconds after which a device that is listed again counts as replugged.
 
@@ -273,19 +286,16 @@ class ServerPoller:
         """
         await self._polled.until(lambda: server not in self._views or self._asked.get(server, -math.inf) >= moment)
 
-    async def is_exported(self, key: DeviceKey) -> bool:
-        """Asks the server at once, besides all polls, whether it lists this device as free. Cancel-safe.
-
-        Returns False if it does not answer, or if it was seen to list devices in use: its list is no evidence then.
-        Does not change views.
-        """
+    async def export_state(self, key: DeviceKey) -> ExportState:
+        """Asks the server at once, besides all polls, whether it lists this device. Cancel-safe. Changes no views."""
         try:
             found = await self._client.devlist(key.server, timeout=self._timeout)
         except UsbipError as error:
             log.debug("cannot ask server for device", extra={"device": str(key), "cause": str(error)})
-            return False
-        listed = any(device.busid == key.busid for device in found.devices)
-        return listed and not self.view(key.server).lists_in_use
+            return ExportState.UNKNOWN
+        if not any(device.busid == key.busid for device in found.devices):
+            return ExportState.UNLISTED
+        return ExportState.LISTED if self.view(key.server).lists_in_use else ExportState.FREE
 
     def note_flaw(self, server: ServerKey, flaw: ServerFlaw) -> None:
         """Records what a polled server does wrong. Counts for as long as this process lives."""

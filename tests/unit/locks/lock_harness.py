@@ -18,6 +18,7 @@ from usbip_plugin.locks.manager import LockManager, LockSettings
 from usbip_plugin.locks.record import Lease
 from usbip_plugin.locks.watch import LockChange
 from usbip_plugin.model import DeviceKey, NodeIdentity
+from usbip_plugin.usbip.poller import ExportState
 from usbip_sim.leases import FINE, Fate, MemoryBackend, MemoryLeases, Operation
 from usbip_sim.virtual.loop import SimClock
 
@@ -31,7 +32,7 @@ class Node:
     fate: decides each API call, and may be changed at any time.
     calls: the API calls so far.
     changes: the changes that the manager reported.
-    listed: whether the device's server lists the device.
+    export_state: what the device's server answers.
     """
 
     manager: LockManager
@@ -41,7 +42,7 @@ class Node:
     fate: Callable[[Operation], Fate] = lambda _operation: FINE
     calls: list[Operation] = field(default_factory=list)
     changes: list[LockChange] = field(default_factory=list)
-    listed: bool = True
+    export_state: ExportState = ExportState.FREE
 
     @property
     def stored(self) -> Mapping[str, Lease]:
@@ -76,11 +77,11 @@ class World:
         store = MemoryLeases(self.backend, clock, name, faults)
         rng = random.Random(f"{name}{boot}{seed}")
 
-        async def is_listed(_key: DeviceKey) -> bool:
-            return node.listed
+        async def export_state(_key: DeviceKey) -> ExportState:
+            return node.export_state
 
         me = NodeIdentity(name, boot)
-        manager = LockManager(store, me, clock, rng, SETTINGS, NoOpTracer(), is_listed=is_listed)
+        manager = LockManager(store, me, clock, rng, SETTINGS, NoOpTracer(), export_state=export_state)
         node = Node(manager, store, clock, asyncio.create_task(manager.run()))
         manager.subscribe(node.changes.append)
         self.nodes.append(node)

@@ -15,6 +15,7 @@ from usbip_plugin.locks.protocol import LockMeta, LockStatus
 from usbip_plugin.locks.session import BEAT_FRACTION, EXPIRED_BEATS, UNPROVEN_DURATIONS
 from usbip_plugin.locks.watch import ApiState
 from usbip_plugin.model import UNKNOWN_IDENTITY, Identity, InterfaceClass
+from usbip_plugin.usbip.poller import ExportState
 from usbip_sim.leases import FINE, Fate, Lost, Operation
 
 RESOURCE = "leases.coordination.k8s.io"
@@ -225,12 +226,12 @@ async def test_a_takeover_asks_the_server_whether_it_lists_the_device(w: World) 
     a, b = w.nodes
     await a.stop()
     await expire(b)
-    b.listed = False
+    b.export_state = ExportState.UNLISTED
     assert b.manager.lock_status(KEY.id) is LockStatus.EXPIRED
     with pytest.raises(LockHeld):
         await b.manager.acquire(KEY)
     assert w.backend.leases[KEY.id].holder == "a"
-    b.listed = True
+    b.export_state = ExportState.FREE
     assert (await b.manager.acquire(KEY)).epoch == 2
 
 
@@ -278,20 +279,73 @@ async def test_an_observation_does_not_go_on_over_an_outage_of_the_observer(w: W
     assert b.manager.lock_status(KEY.id) is LockStatus.EXPIRED
 
 
-@on_world
-async def test_a_lock_of_another_boot_is_taken_and_released_only_if_the_server_lists_the_device(w: World) -> None:
+async def rebooted(w: World) -> Node:
+    """Returns node a after a reboot. Its earlier boot holds KEY."""
     before = await w.node("a", boot="boot-1")
     await before.manager.acquire(KEY)
     await before.stop()
-    after = await w.node("a", boot="boot-2")
-    after.listed = False
-    for work in (after.manager.acquire, after.manager.release):
+    return await w.node("a", boot="boot-2")
+
+
+@on_world
+async def test_a_lock_of_another_boot_is_taken_only_if_the_server_lists_the_device_as_free(w: World) -> None:
+    after = await rebooted(w)
+    for after.export_state in (ExportState.UNLISTED, ExportState.LISTED, ExportState.UNKNOWN):
         with pytest.raises(LockHeld):
-            await work(KEY)
-    assert w.backend.leases[KEY.id].holder == "a"
-    after.listed = True
+            await after.manager.acquire(KEY)
+    after.export_state = ExportState.FREE
+    assert (await after.manager.acquire(KEY)).epoch == 2
+
+
+@on_world
+async def test_a_lock_of_another_boot_is_released_unless_its_server_is_silent_or_lists_devices_in_use(w: World) -> None:
+    for answer in ExportState:
+        after = await rebooted(w)
+        after.export_state = answer
+        if released := answer in (ExportState.FREE, ExportState.UNLISTED):
+            await after.manager.release(KEY)
+        else:
+            with pytest.raises(LockHeld):
+                await after.manager.release(KEY)
+        lease = w.backend.leases.pop(KEY.id)
+        assert (lease.holder, lease.annotations[record.BOOT_ID]) == ("" if released else "a", "boot-1"), answer
+        await after.stop()
+
+
+@on_world
+async def test_a_lock_left_under_another_boot_is_taken_by_that_boot_or_if_the_server_lists_the_device(w: World) -> None:
+    after = await rebooted(w)
+    other = await w.node("b", boot="boot-of-b")
     await after.manager.release(KEY)
-    assert (w.backend.leases[KEY.id].holder, w.backend.leases[KEY.id].transitions) == ("", 2)
+    await until(lambda: other.manager.locks[KEY.id].holder == "", other)
+    for node in (after, other):
+        for node.export_state in (ExportState.UNLISTED, ExportState.UNKNOWN):
+            with pytest.raises(LockUnavailable, match="earlier boot"):
+                await node.manager.acquire(KEY)
+    other.export_state = ExportState.LISTED  # such a server did not list the device when the lock was left
+    assert (await other.manager.acquire(KEY)).epoch == 2
+    await other.manager.release(KEY)
+    await until(lambda: after.manager.locks[KEY.id].holder == "", after)
+    assert (await after.manager.acquire(KEY)).epoch == 3, "a release under the own boot leaves nothing"
+
+
+@on_world
+async def test_a_machine_takes_the_lock_again_that_was_left_under_its_boot(w: World) -> None:
+    before = await w.node("a", boot="boot-1")
+    await before.manager.acquire(KEY)
+    after = await w.node("a", boot="boot-2")
+    await after.manager.release(KEY)
+    await until(lambda: before.manager.locks[KEY.id].holder == "", before)
+    before.export_state = ExportState.UNLISTED  # it has the device itself
+    assert (await before.manager.acquire(KEY)).epoch == 2
+
+
+@on_world
+async def test_a_lock_left_under_another_boot_is_taken_for_a_device_that_is_attached_here(w: World) -> None:
+    after = await rebooted(w)
+    await after.manager.release(KEY)
+    after.export_state = ExportState.UNLISTED
+    assert (await after.manager.acquire(KEY, attached=True)).epoch == 2
 
 
 @on_held_world

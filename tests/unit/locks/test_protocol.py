@@ -41,7 +41,7 @@ def held(me: NodeIdentity, version: str = "5") -> Lease:
 
 
 def released(me: NodeIdentity) -> Lease:
-    decision = protocol.decide_release(held(me), write(me))
+    decision = protocol.decide_release(held(me), write(me), False)
     assert isinstance(decision, Replace)
     return decision.lease
 
@@ -180,10 +180,25 @@ def test_r5_a_release_clears_the_holder_and_keeps_the_annotations_of_the_device(
 
 def test_r5_only_a_lock_of_this_node_is_released() -> None:
     for lease in (held(OTHER), held(REBOOTED), released(OTHER), None):
-        assert protocol.decide_release(lease, write(ME)) == Denied(lease)
-    assert isinstance(protocol.decide_release(held(ME), write(ME)), Replace)
-    elsewhere = replace(held(ME), annotations={**held(ME).annotations, record.IN_PLACE_OF: OTHER_KEY.id})
-    assert isinstance(protocol.decide_release(elsewhere, write(REBOOTED)), Replace), "the device's own lock decides"
+        assert protocol.decide_release(lease, write(ME), False) == Denied(lease)
+    assert isinstance(protocol.decide_release(held(ME), write(ME), False), Replace)
+
+
+def test_r3_a_lock_of_another_boot_is_left_with_its_boot_and_taken_only_if_the_server_lists_the_device() -> None:
+    decision = protocol.decide_release(held(ME), write(REBOOTED), True)
+    assert isinstance(decision, Replace)
+    left = decision.lease
+    assert (left.holder, left.annotations[record.BOOT_ID]) == ("", ME.boot_id)
+    assert not left.annotations.keys() & {record.PORT, record.POD, record.IN_PLACE_OF}
+    for me in (REBOOTED, OTHER):
+        for listed in (True, False):
+            taken = protocol.decide_acquire(left, KEY, META, write(me), None, importable=listed)
+            assert isinstance(taken, Replace if listed else Denied)
+    assert isinstance(protocol.decide_acquire(left, KEY, META, write(ME), None, importable=False), Replace)
+    bare = replace(held(ME), annotations={})
+    unknown = protocol.decide_release(bare, write(ME), True)
+    assert isinstance(unknown, Replace)
+    assert protocol.is_left(unknown.lease, ME), "a lock without a boot id is of another boot"
 
 
 def by_hand(lease: Lease) -> Lock:
@@ -357,7 +372,7 @@ def test_in_place_of_is_written_with_the_holder_and_cleared_with_it() -> None:
     renewed = protocol.decide_amend(taken.lease, write(ME), {record.PORT: "4"})
     assert isinstance(renewed, Replace)
     assert record.lock_of(renewed.lease).in_place_of == other
-    freed = protocol.decide_release(renewed.lease, write(ME))
+    freed = protocol.decide_release(renewed.lease, write(ME), False)
     assert isinstance(freed, Replace)
     assert record.lock_of(freed.lease).in_place_of is None
     for me in (ME, REBOOTED):

@@ -22,6 +22,7 @@ from usbip_plugin.usbip.poller import (
     POLL_INTERVAL,
     POLL_TIMEOUT,
     SECOND_LOOK,
+    ExportState,
     NodeCount,
     ServerFlaw,
     ServerPoller,
@@ -213,15 +214,15 @@ async def test_poll_soon_finds_a_released_device_that_is_hidden_at_first(lab: La
 
 
 @one_server
-async def test_is_exported_asks_the_server_and_not_the_last_poll(lab: Lab) -> None:
+async def test_export_state_asks_the_server_and_not_the_last_poll(lab: Lab) -> None:
     stick = DeviceKey(lab.keys[0], "1-1")
     await lab.clock.sleep(0.1)
-    assert await lab.poller.is_exported(stick)
+    assert await lab.poller.export_state(stick) is ExportState.FREE
     lab.servers[0].unplug("1-1")
-    assert not await lab.poller.is_exported(stick)
-    assert await lab.poller.is_exported(DeviceKey(lab.keys[0], "1-2"))
+    assert await lab.poller.export_state(stick) is ExportState.UNLISTED
+    assert await lab.poller.export_state(DeviceKey(lab.keys[0], "1-2")) is ExportState.FREE
     await lab.servers[0].stop()
-    assert not await lab.poller.is_exported(DeviceKey(lab.keys[0], "1-2"))
+    assert await lab.poller.export_state(DeviceKey(lab.keys[0], "1-2")) is ExportState.UNKNOWN
     view = lab.poller.views[lab.keys[0]]
     assert (view.state, len(view.devices)) == (ServerState.REACHABLE, 2), "only polls change a view"
 
@@ -245,11 +246,11 @@ async def test_a_flaw_of_a_server_is_kept_while_the_process_lives(lab: Lab) -> N
     a, b, _ = lab.keys
     stick = DeviceKey(a, "1-1")
     await lab.clock.sleep(10)
-    assert await lab.poller.is_exported(stick)
+    assert await lab.poller.export_state(stick) is ExportState.FREE
     for _ in range(2):
         lab.poller.note_flaw(a, ServerFlaw.LISTS_IN_USE)
     assert [view.server for view in lab.changes if view.flaws] == [a], "reported once"
-    assert not await lab.poller.is_exported(stick), "its list is no evidence"
+    assert await lab.poller.export_state(stick) is ExportState.LISTED, "its list is no evidence"
     lab.servers[0].unplug("1-1")
     await lab.clock.sleep(10)
     assert lab.poller.views[a].lists_in_use
