@@ -40,6 +40,9 @@ class AgreeingApi:
     def ended(self, namespace: str, name: str) -> bool:
         return False
 
+    def completed(self, pod: PodRef) -> bool:
+        return False
+
     def wanting(self, domain: str) -> Mapping[PodRef, Mapping[str, int]]:
         return {}
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from tests.simulation.cluster_rig import Cluster, cluster, key, pod, server, spec, stick
 from usbip_plugin.model import PodRef
+from usbip_sim.kubelet.device_manager import ContainerSpec
 from usbip_sim.virtual.steploop import stepped
 
 LOOK_S = 0.01
@@ -26,20 +27,22 @@ BATCH_S = 1.0
 class Pace:
     """Seconds, from and to.
 
-    bind: from a placement until the kubelet admits the pod.
+    bind: from a placement until kubelet and plugin see that the pod is bound to the node.
+    admit: from then until the kubelet admits it.
     end: from a deletion until the kubelet lists the pod no more.
     forget: from then until the API server knows it no more, which scheduler and plugin see at the same moment.
     run: that a pod of a job takes.
     """
 
-    bind: tuple[float, float] = (0.02, 0.1)
+    bind: tuple[float, float] = (0.01, 0.05)
+    admit: tuple[float, float] = (0.01, 0.05)
     end: tuple[float, float] = (0.05, 0.3)
     forget: tuple[float, float] = (0.1, 1.2)
     run: tuple[float, float] = (0.5, 1.5)
 
 
 CALM = Pace()
-BUSY = Pace(bind=(0.1, 0.8), end=(0.3, 2.0), forget=(0.1, 3.0), run=(0.5, 4.0))
+BUSY = Pace(bind=(0.05, 0.2), admit=(0.05, 0.6), end=(0.3, 2.0), forget=(0.1, 3.0), run=(0.5, 4.0))
 
 
 ROUNDS = 20
@@ -74,14 +77,19 @@ class Scheduler:
         self.pending.append(made)
         return made
 
-    async def end(self, one: PodRef) -> None:
-        """The pod's container ends, its kubelet lists it no more, and at last the API server knows it no more."""
+    async def end(self, one: PodRef, *, completed: bool = False) -> None:
+        """The pod's container ends, its kubelet lists it no more, and at last the API server knows it no more.
+
+        completed: it ends by itself, and the API server knows that. Otherwise it is deleted.
+        """
         await asyncio.sleep(self.rng.uniform(*self.pace.end))
         node = self.cluster[self.running.pop(one)]
         node.known_pods.hold(synced=True)
         node.end(one)
         await asyncio.sleep(self.rng.uniform(*self.pace.forget))
         node.known_pods.resume()
+        if completed:
+            node.known_pods.over.add(one)
         node.end(one)
         del self.placed[one]
         self.changed()
@@ -102,8 +110,12 @@ class Scheduler:
             await asyncio.sleep(LOOK_S)
 
     async def _bind(self, one: PodRef, node: str) -> None:
+        at = self.cluster[node]
         await asyncio.sleep(self.rng.uniform(*self.pace.bind))
-        error = await self.cluster[node].admit(one, self.resource)
+        at.known_pods.bound[one] = (ContainerSpec("app", {self.cluster.full(self.resource): 1}),)
+        await asyncio.sleep(self.rng.uniform(*self.pace.admit))
+        error = await at.admit(one, self.resource)
+        del at.known_pods.bound[one]
         if error is None:
             self.running[one] = node
         else:
@@ -121,7 +133,7 @@ async def job(scheduler: Scheduler, completions: int, parallel: int) -> None:
     async def run(one: PodRef) -> None:
         nonlocal left
         await asyncio.sleep(scheduler.rng.uniform(*scheduler.pace.run))
-        await scheduler.end(one)
+        await scheduler.end(one, completed=True)
         left -= 1
         ending.discard(one)
         news.set()

@@ -30,16 +30,18 @@ from tests.simulation.cluster_rig import (
 )
 from usbip_plugin.attach.events import DeviceEvent, EventKind
 from usbip_plugin.attach.monitor import PORT_CHECK_INTERVAL
-from usbip_plugin.attach.usage import ALLOCATION_GRACE
+from usbip_plugin.attach.usage import ALLOCATION_GRACE, BOUND_POD_S, COMPLETED_POD_S
 from usbip_plugin.claims import ClaimState
 from usbip_plugin.config.schema import Config, OnLoss
 from usbip_plugin.errors import ClaimBusy
 from usbip_plugin.inventory.handover import RESET_GRACE
 from usbip_plugin.inventory.health import API_GRACE
+from usbip_plugin.kubelet.pod_resources import HINTED_INTERVAL
 from usbip_plugin.locks import record
 from usbip_plugin.locks.protocol import Rules
 from usbip_plugin.model import Attachment, DeviceKey, Reason
 from usbip_plugin.usbip.poller import ServerFlaw
+from usbip_sim.kubelet.device_manager import ContainerSpec
 from usbip_sim.server.server import VirtualServer
 from usbip_sim.server.usbdevice import VirtualDevice
 from usbip_sim.virtual.cluster_node import ClusterNode
@@ -751,6 +753,31 @@ async def test_a_rebooted_node_takes_its_own_lock_again_for_a_pod_that_is_still_
         assert await c.settle(lambda: node.attached() == {device}, 10)
         assert c.holder(device) == "node-a"
         assert c.backend.leases[device.id].transitions == epoch + 1, "another boot is another epoch (R3)"
+
+
+@stepped
+async def test_a_device_goes_on_to_the_next_pod_of_its_node_as_it_is_attached() -> None:
+    async with one_stick() as (c, _lab, device):
+        node = await c.taken(device)
+        epoch = c.backend.leases[device.id].transitions
+        node.known_pods.bound[pod("q")] = (ContainerSpec("app", {c.full("stick"): 1}),)
+        node.end(pod("p"))
+        await asyncio.sleep(BOUND_POD_S / 2)
+        assert await node.admit(pod("q"), "stick") is None
+        del node.known_pods.bound[pod("q")]
+        await c.noted(device, "q")
+        assert node.attached() == {device}
+        assert c.backend.leases[device.id].transitions == epoch
+
+
+@stepped
+async def test_the_device_of_a_pod_that_ended_by_itself_is_released_after_the_time_of_a_next_pod() -> None:
+    async with one_stick() as (c, _lab, device):
+        node = await c.taken(device)
+        node.known_pods.over.add(pod("p"))
+        node.end(pod("p"))
+        assert not await c.settle(lambda: c.holder(device) == "", COMPLETED_POD_S)
+        assert await c.settle(lambda: c.holder(device) == "", 2 * HINTED_INTERVAL)
 
 
 async def rebooted_without_pod(c: Cluster, lab: VirtualServer, device: DeviceKey) -> ClusterNode:

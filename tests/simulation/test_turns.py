@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from dataclasses import replace
 from statistics import median
 from unittest.mock import patch
@@ -11,8 +12,10 @@ import pytest
 
 from tests.simulation.cluster_rig import Cluster, agent, cluster, key, one_stick, pod, reason, server, spec, stick
 from tests.simulation.scheduler import BUSY, CALM, ROUNDS, Pace, contested, job, scheduled
+from usbip_plugin.attach import usage
 from usbip_plugin.inventory import turns
 from usbip_plugin.inventory.turns import OFFERED_BY_ALL_S, SLOT_S, delay
+from usbip_plugin.kubelet.pod_resources import HINTED_INTERVAL
 from usbip_plugin.model import DeviceKey, Reason
 from usbip_sim.virtual.cluster_node import ClusterNode
 from usbip_sim.virtual.steploop import stepped
@@ -20,6 +23,11 @@ from usbip_sim.virtual.steploop import stepped
 COMPLETIONS = 20
 SOON_S = 0.5
 """Within it, a node that offers a device has written so on its Node, and a waiting pod has it."""
+
+
+def released_at_once() -> contextlib.AbstractContextManager[object]:
+    """Lets the plugin release a device with the pod's end, without a look for the next pod."""
+    return patch.multiple(usage, ABSENT_POLLS=1, BOUND_POD_S=0.0, COMPLETED_POD_S=0.0)
 
 
 @pytest.mark.parametrize("nodes", [2, 3])
@@ -39,18 +47,19 @@ def test_a_job_over_two_devices_has_at_most_one_failed_pod(seed: int, pace: Pace
 def test_contested_handovers_fail_no_pod(seed: int, pace: Pace) -> None:
     now = contested(seed, pace)
     assert sum(failed == 0 for failed, _ in now) >= 0.95 * ROUNDS, now
-    with patch.object(turns, "delay", lambda _place: 0.0):
+    with released_at_once(), patch.object(turns, "delay", lambda _place: 0.0):
         before = contested(seed, pace)
     assert sum(failed > 0 for failed, _ in before) >= ROUNDS / 4, "else nothing is shown here"
-    assert median(s for _, s in now) <= median(s for _, s in before) + 0.3
+    assert median(s for _, s in now) <= median(s for _, s in before)
 
 
-def test_a_holder_that_may_not_have_the_next_pod_costs_a_turn() -> None:
+def test_a_holder_that_may_not_have_the_next_pod_costs_the_time_of_a_poll() -> None:
     now = contested(0, CALM, cordon=True)
     assert sum(failed == 0 for failed, _ in now) >= 0.95 * ROUNDS, now
-    with patch.object(turns, "delay", lambda _place: 0.0):
+    with released_at_once(), patch.object(turns, "delay", lambda _place: 0.0):
         before = contested(0, CALM, cordon=True)
-    assert median(s for _, s in now) <= median(s for _, s in before) + SLOT_S + 0.3
+    assert sum(failed > 0 for failed, _ in before) >= ROUNDS / 4, "the other nodes take turns"
+    assert median(s for _, s in now) <= median(s for _, s in before) + HINTED_INTERVAL + 0.1
 
 
 def offering(c: Cluster, device: DeviceKey) -> list[str]:
@@ -66,19 +75,22 @@ async def released(c: Cluster, node: ClusterNode, device: DeviceKey) -> None:
 
 @stepped
 async def test_each_node_offers_it_in_its_turn_and_tells_its_node_at_once() -> None:
-    async with one_stick(nodes=3) as (c, _lab, device):
+    async with one_stick(nodes=4) as (c, _lab, device):
         node, loop = await c.taken(device), asyncio.get_running_loop()
         await released(c, node, device)
         began = loop.time()
-        assert offering(c, device) == [node.name]
-        waiting = [other for other in c.nodes.values() if other is not node]
-        assert {reason(other, device) for other in waiting} == {Reason.HANDED_OVER}
         for place in (1, 2):
-            await asyncio.sleep(began + delay(place) - 0.1 - loop.time())
-            assert len(offering(c, device)) == place
             await asyncio.sleep(SOON_S)
-            assert len(offering(c, device)) == place + 1
+            first = offering(c, device)
+            assert node.name in first
+            assert len(first) == place + 1
+            waiting = {reason(other, device) for name, other in c.nodes.items() if name not in first}
+            assert waiting == {Reason.HANDED_OVER}
             assert sum(other.object.allocatable[c.full("stick")] for other in c.nodes.values()) == place + 1
+            await asyncio.sleep(began + delay(place) - 0.1 - loop.time())
+            assert offering(c, device) == first
+        await asyncio.sleep(SOON_S)
+        assert len(offering(c, device)) == 4
 
 
 @stepped
@@ -93,19 +105,6 @@ async def test_a_lock_that_is_taken_ends_all_turns() -> None:
 
 
 @stepped
-async def test_where_an_allocate_failed_another_node_offers_the_device_at_once() -> None:
-    """Otherwise the pods that fail there would keep the others from their turns."""
-    async with one_stick(nodes=3, children=("tty",)) as (c, _lab, device):
-        node = c["node-a"]
-        node.kernel.driverless.add("tty")
-        assert await node.admit(pod("p"), "stick") is not None
-        await c.freed(device)
-        await asyncio.sleep(0.1)
-        assert len(offering(c, device)) == 2
-        assert node.name in offering(c, device)
-
-
-@stepped
 async def test_after_ten_seconds_all_offer_it_however_many_they_are() -> None:
     lab = server("lab", stick("1-1"))
     async with cluster(replace(spec([lab], nodes=8), fleet=5000)) as c:
@@ -114,7 +113,7 @@ async def test_after_ten_seconds_all_offer_it_however_many_they_are() -> None:
         assert await node.admit(pod("p"), "stick") is None
         await c.noted(device, "p")
         await released(c, node, device)
-        assert len(offering(c, device)) == 1
+        assert len(offering(c, device)) < 8
         assert await c.settle(lambda: len(offering(c, device)) == 8, OFFERED_BY_ALL_S + 0.1)
 
 

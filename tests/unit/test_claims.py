@@ -10,6 +10,8 @@ from usbip_plugin.attach.pipeline import own_port
 from usbip_plugin.attach.reattach import AfterReattach, after_reattach
 from usbip_plugin.attach.usage import (
     ALLOCATION_GRACE,
+    BOUND_POD_S,
+    COMPLETED_POD_S,
     UNCONFIRMED_ABSENCE,
     Unlisted,
     not_in_list,
@@ -35,6 +37,10 @@ from usbip_plugin.vhci.sysfs import PortStatus
 
 USER = DeviceUser(POD, "stick")
 NOBODY = Unlisted(certain=True)
+
+
+def observed(now: Claim, user: DeviceUser | None, listed_at: float, unlisted: Unlisted = NOBODY) -> Claim:
+    return observe_usage(now, user, listed_at, unlisted)
 
 
 def claim(state: ClaimState = ClaimState.ATTACHED, **more: object) -> Claim:
@@ -104,24 +110,45 @@ def test_the_book_reports_every_change_and_drops_free_claims() -> None:
 
 
 def test_a_pod_that_is_listed_and_then_absent_twice_ends_the_claim() -> None:
-    now = observe_usage(claim(allocated_at=10.0), USER, 11.0)
-    once = observe_usage(now, None, 12.0)
-    twice = observe_usage(once, None, 13.0)
+    now = observed(claim(allocated_at=10.0), USER, 11.0)
+    once = observed(now, None, 12.0)
+    twice = observed(once, None, 13.0)
     assert not usage_ended(once, 12.0, NOBODY)
     assert usage_ended(twice, 13.0, NOBODY)
 
 
 def absent_twice(pod: PodRef = POD) -> Claim:
-    return observe_usage(observe_usage(observe_usage(claim(), DeviceUser(pod, "stick"), 11.0), None, 12.0), None, 13.0)
+    """Returns a claim whose pod is gone at 12 s and at 13 s."""
+    return observed(observed(observed(claim(), DeviceUser(pod, "stick"), 11.0), None, 12.0), None, 13.0)
 
 
 def test_a_pod_that_lives_by_the_api_server_keeps_its_device() -> None:
     """A kubelet lists nothing for about a second after its start."""
-    lives = Unlisted(frozenset({POD}), certain=True)
-    assert not usage_ended(absent_twice(), 13.0 + 10 * UNCONFIRMED_ABSENCE, lives)
-    assert not usage_ended(absent_twice(), 13.0 + 10 * UNCONFIRMED_ABSENCE, replace(lives, certain=False))
+    for certain in (True, False):
+        lives = Unlisted(frozenset({POD}), certain=certain)
+        now = absent_twice()
+        for second in range(14, 50):
+            now = observed(now, None, second, lives)
+            assert not usage_ended(now, second, lives)
+    once = observed(now, None, 50.0)
+    assert not usage_ended(once, 50.0, NOBODY), "a next pod is bound between two polls after the end"
+    assert usage_ended(observed(once, None, 50.3), 50.3, NOBODY)
     successor = Unlisted(frozenset({replace(POD, uid="of the next pod of that name")}), certain=True)
-    assert usage_ended(absent_twice(), 13.0, successor)
+    assert usage_ended(observed(once, None, 50.3, successor), 50.3, successor)
+
+
+def test_a_device_waits_for_a_pod_that_is_bound_to_the_node() -> None:
+    next_pod = PodRef("default", "next", "uid-next")
+    bound, elsewhere = (not_in_list({}, {next_pod: {name: 1}}, certain=True) for name in ("stick", "dongle"))
+    assert usage_ended(absent_twice(), 13.0, elsewhere)
+    assert not usage_ended(absent_twice(), 11.9 + BOUND_POD_S, bound)
+    assert usage_ended(absent_twice(), 12.0 + BOUND_POD_S, bound), "its Allocate may never come"
+
+
+def test_the_device_of_a_pod_that_ended_by_itself_waits_for_the_next_pod_of_a_job() -> None:
+    completed = Unlisted(completed=frozenset({POD}), certain=True)
+    assert not usage_ended(absent_twice(), 11.9 + COMPLETED_POD_S, completed)
+    assert usage_ended(absent_twice(), 12.0 + COMPLETED_POD_S, completed)
 
 
 @pytest.mark.parametrize(
@@ -131,15 +158,15 @@ def test_without_the_api_server_an_absence_must_last(pod: PodRef, unlisted: Unli
     gone = absent_twice(pod)
     assert not usage_ended(gone, 11.9 + UNCONFIRMED_ABSENCE, unlisted)
     assert usage_ended(gone, 12.0 + UNCONFIRMED_ABSENCE, unlisted)
-    back = observe_usage(observe_usage(observe_usage(gone, DeviceUser(pod, "stick"), 14.0), None, 20.0), None, 21.0)
+    back = observed(observed(observed(gone, DeviceUser(pod, "stick"), 14.0), None, 20.0), None, 21.0)
     assert not usage_ended(back, 19.9 + UNCONFIRMED_ABSENCE, unlisted), "counted from the last absence"
 
 
 def test_a_known_uid_is_kept() -> None:
-    seen = observe_usage(observe_usage(claim(), USER, 11.0), DeviceUser(PodRef(POD.namespace, POD.name), "stick"), 12.0)
+    seen = observed(observed(claim(), USER, 11.0), DeviceUser(PodRef(POD.namespace, POD.name), "stick"), 12.0)
     assert seen.pod == POD
     other = PodRef("default", "other")
-    assert observe_usage(seen, DeviceUser(other, "stick"), 13.0).pod == other
+    assert observed(seen, DeviceUser(other, "stick"), 13.0).pod == other
 
 
 def test_the_list_names_the_resource_of_an_adopted_device() -> None:
@@ -147,29 +174,29 @@ def test_the_list_names_the_resource_of_an_adopted_device() -> None:
     assert serves(adopted, "stick", adopted.usb_id)
     assert serves(adopted, "any", adopted.usb_id), "the resource is unknown"
     assert not serves(adopted, "any", UsbId(1, 1)), "but the USB id is known"
-    seen = observe_usage(adopted, USER, 1.0)
+    seen = observed(adopted, USER, 1.0)
     assert (seen.pod, seen.resource) == (POD, "stick")
     assert not serves(seen, "any", seen.usb_id)
     assert serves(seen, "stick", UsbId(1, 1)), "the USB id does not matter if the resource is known"
-    assert observe_usage(claim(resource="any"), USER, 1.0).resource == "any", "an Allocate has precedence"
+    assert observed(claim(resource="any"), USER, 1.0).resource == "any", "an Allocate has precedence"
 
 
 def test_a_pod_that_reappears_resets_the_count() -> None:
-    gone_once = observe_usage(observe_usage(claim(), USER, 1.0), None, 2.0)
-    back = observe_usage(gone_once, USER, 3.0)
-    assert not usage_ended(observe_usage(back, None, 4.0), 4.0, NOBODY)
+    gone_once = observed(observed(claim(), USER, 1.0), None, 2.0)
+    back = observed(gone_once, USER, 3.0)
+    assert not usage_ended(observed(back, None, 4.0), 4.0, NOBODY)
 
 
 def test_a_recent_allocate_that_is_not_listed_yet_has_a_grace_period() -> None:
     fresh = allocated(claim(), 100.0)
-    absent = observe_usage(observe_usage(fresh, None, 101.0), None, 102.0)
+    absent = observed(observed(fresh, None, 101.0), None, 102.0)
     assert not usage_ended(absent, 100.0 + ALLOCATION_GRACE, NOBODY)
     assert usage_ended(absent, 100.1 + ALLOCATION_GRACE, NOBODY)
 
 
 def test_a_pod_that_may_be_in_its_init_containers_keeps_a_claim_without_a_listed_pod() -> None:
     fresh = allocated(claim(resource="stick"), 100.0)
-    absent = observe_usage(observe_usage(fresh, None, 101.0), None, 102.0)
+    absent = observed(observed(fresh, None, 101.0), None, 102.0)
     other = PodRef("default", "other", "uid-other")
     unlisted = not_in_list({}, {other: {"stick": 1}}, certain=True)
     assert not usage_ended(absent, 101.0 + ALLOCATION_GRACE, unlisted)
@@ -178,26 +205,26 @@ def test_a_pod_that_may_be_in_its_init_containers_keeps_a_claim_without_a_listed
     assert not usage_ended(replace(absent, resource=None), 101.0 + ALLOCATION_GRACE, with_another), (
         "the resource is unknown"
     )
-    seen = observe_usage(observe_usage(observe_usage(fresh, USER, 101.0), None, 102.0), None, 103.0)
-    assert usage_ended(seen, 103.0, unlisted), "a listed pod that is gone ends the claim"
+    seen = observed(observed(observed(fresh, USER, 101.0), None, 102.0), None, 103.0)
+    assert usage_ended(seen, 102.0 + BOUND_POD_S, unlisted), "a listed pod that is gone ends the claim"
 
 
 def test_a_pod_that_is_listed_with_fewer_devices_than_it_requests_may_have_another() -> None:
     """Pod-resources never lists the devices of an init container."""
     users = {"a": USER, "b": DeviceUser(POD, "dongle")}
     both = {POD: {"stick": 2, "dongle": 1}}
-    assert not_in_list(users, both, certain=True) == Unlisted(frozenset(), frozenset({"stick"}), certain=True)
+    assert not_in_list(users, both, certain=True) == Unlisted(resources=frozenset({"stick"}), certain=True)
     assert not_in_list(users, {POD: {"stick": 1, "dongle": 1}}, certain=True) == NOBODY
     assert not_in_list({"b": DeviceUser(POD, "dongle")}, both, certain=True).resources == {"stick"}
 
 
 def test_a_list_begun_before_the_allocate_does_not_count() -> None:
-    fresh = allocated(observe_usage(claim(), USER, 1.0), 100.0)
-    assert observe_usage(observe_usage(fresh, None, 99.0), None, 100.0).missed_polls == 0
+    fresh = allocated(observed(claim(), USER, 1.0), 100.0)
+    assert observed(observed(fresh, None, 99.0), None, 100.0).missed_polls == 0
 
 
 def test_a_new_allocate_of_a_device_clears_its_old_pod() -> None:
-    old = observe_usage(observe_usage(claim(), USER, 1.0), None, 2.0)
+    old = observed(observed(claim(), USER, 1.0), None, 2.0)
     again = allocated(old, 3.0)
     assert (again.pod, again.missed_polls) == (None, 0)
 

@@ -26,28 +26,24 @@ The kubelet lists a pod only after the Allocates of all its containers.
 ABSENT_POLLS = 2
 """Polls of pod-resources in a row without the device before its claim ends."""
 
+BOUND_POD_S = 2.0
+"""Seconds for which a device whose pod has ended is kept for a pod that is bound to this node and not listed yet.
+
+A pod that waits for the device is bound once the API server shows the end. It gets the device as it is attached.
+"""
+
+COMPLETED_POD_S = 1.25
+"""Seconds for which the device of a pod that has ended by itself is kept for the next pod of its controller.
+
+The job controller makes it up to 1 s later, and a busy scheduler needs 0.2 s. A pod that is deleted has its successor
+before it ends.
+"""
+
 UNCONFIRMED_ABSENCE = 15.0
 """Seconds without the device in pod-resources before its claim ends where the API server does not confirm it.
 
 A kubelet that has just started lists no pods for about a second, while they run.
 """
-
-
-def observe_usage(claim: Claim, user: DeviceUser | None, listed_at: float) -> Claim:
-    """Returns a claim as it is after one poll of pod-resources.
-
-    user: the pod that has the device by this poll; None if the poll does not list the device.
-    listed_at: when the poll began, in seconds on the monotonic clock. The absence of a device counts only in a poll
-        that began after the Allocate.
-    """
-    if user is not None:
-        known = claim.pod is not None and user.pod.uid is None and same_pod(user.pod, claim.pod)
-        pod = claim.pod if known else user.pod
-        return replace(claim, pod=pod, resource=claim.resource or user.resource, missed_polls=0, pod_ended=False)
-    if listed_at <= claim.allocated_at:
-        return claim
-    since = claim.missing_since if claim.missed_polls else listed_at
-    return replace(claim, missed_polls=claim.missed_polls + 1, missing_since=since)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +53,41 @@ class Unlisted:
     pods: pods that request devices of this plugin and have not ended. The kubelet does not list pods before admission,
         during init containers, or just after its own restart.
     resources: those (without the domain) of which a pod that has not ended may have a device that is not in the list.
+    completed: pods of claims that have ended by themselves.
     certain: whether the API server's data is fresh.
     """
 
     pods: frozenset[PodRef] = frozenset()
     resources: frozenset[str] = frozenset()
+    completed: frozenset[PodRef] = frozenset()
     certain: bool = False
 
 
+def observe_usage(claim: Claim, user: DeviceUser | None, listed_at: float, unlisted: Unlisted) -> Claim:
+    """Returns a claim as it is after one poll of pod-resources.
+
+    user: the pod that has the device by this poll; None if the poll does not list the device.
+    listed_at: when the poll began, in seconds on the monotonic clock. The absence of a device counts only in a poll
+        that began after the Allocate, and only if the API server does not show the pod as running.
+    """
+    if user is not None:
+        known = claim.pod is not None and user.pod.uid is None and same_pod(user.pod, claim.pod)
+        pod = claim.pod if known else user.pod
+        return replace(claim, pod=pod, resource=claim.resource or user.resource, missed_polls=0, pod_ended=False)
+    if listed_at <= claim.allocated_at:
+        return claim
+    if claim.pod is not None and any(same_pod(claim.pod, other) for other in unlisted.pods):
+        return replace(claim, missed_polls=0)
+    since = claim.missing_since if claim.missed_polls else listed_at
+    return replace(claim, missed_polls=claim.missed_polls + 1, missing_since=since)
+
+
 def not_in_list(
-    users: Mapping[str, DeviceUser], wanting: Mapping[PodRef, Mapping[str, int]], *, certain: bool
+    users: Mapping[str, DeviceUser],
+    wanting: Mapping[PodRef, Mapping[str, int]],
+    completed: frozenset[PodRef] = frozenset(),
+    *,
+    certain: bool,
 ) -> Unlisted:
     """Returns what a list of pod-resources, given as users by device ID, lacks. wanting: see PodView.wanting()."""
     listed = Counter((user.pod.namespace, user.pod.name, user.resource) for user in users.values())
@@ -79,6 +100,7 @@ def not_in_list(
             for resource, count in counts.items()
             if count > listed[pod.namespace, pod.name, resource]
         ),
+        completed,
         certain,
     )
 
@@ -86,9 +108,9 @@ def not_in_list(
 def usage_ended(claim: Claim, now: float, unlisted: Unlisted) -> bool:
     """Returns whether the claim's pod is gone, so that the claim must end.
 
-    The pod must be absent in ABSENT_POLLS polls; if it was never seen, ALLOCATION_GRACE must be over, too. The absence
-    counts only if the API server does not show the pod as running. If the API server's data is not certain, the absence
-    must last UNCONFIRMED_ABSENCE.
+    The pod must be absent in ABSENT_POLLS polls; if it was never seen, ALLOCATION_GRACE must be over, too. If the API
+    server's data is not certain, the absence must last UNCONFIRMED_ABSENCE. If another pod is bound here or about to
+    be made, it must last BOUND_POD_S or COMPLETED_POD_S.
 
     now: seconds on the monotonic clock.
     """
@@ -100,7 +122,8 @@ def usage_ended(claim: Claim, now: float, unlisted: Unlisted) -> bool:
         gone = not in_use and now - claim.allocated_at > ALLOCATION_GRACE
         certain = unlisted.certain
     else:
-        gone = not any(same_pod(pod, other) for other in unlisted.pods)
+        bound, completed = claim.resource in unlisted.resources, pod in unlisted.completed
+        gone = now - claim.missing_since >= (BOUND_POD_S if bound else COMPLETED_POD_S if completed else 0.0)
         # the API server has not shown a pod without a uid to this node yet
         certain = unlisted.certain and pod.uid is not None
     return gone and (certain or now - claim.missing_since >= UNCONFIRMED_ABSENCE)
@@ -139,7 +162,7 @@ class UsageTracker:
             return usage_ended(claim, self._clock.monotonic(), unlisted)
 
         for device_id, claim in list(self._book.view.items()):
-            if claim.state in IN_USE and unused(self._observe(claim, users, listed_at)):
+            if claim.state in IN_USE and unused(self._observe(claim, users, listed_at, unlisted)):
                 self._reattacher.look_again(device_id)
                 self._tasks.spawn(self._releaser.release_if(device_id, unused), f"release {claim.key}")
 
@@ -147,7 +170,7 @@ class UsageTracker:
         """Records the pods of a list that is not one of the regular polls. Never counts a device as missing."""
         for claim in list(self._book.view.values()):
             if claim.state in IN_USE and claim.id in users:
-                self._observe(claim, users, listed_at)
+                self._observe(claim, users, listed_at, Unlisted())
 
     def pod_ended(self, device_id: str) -> None:
         """Records that the pod of this device has ended: the kubelet has allocated the device to another pod."""
@@ -155,8 +178,8 @@ class UsageTracker:
         if claim is not None and claim.state in IN_USE:
             self._book.put(replace(claim, pod_ended=True))
 
-    def _observe(self, claim: Claim, users: Mapping[str, DeviceUser], listed_at: float) -> Claim:
-        after = observe_usage(claim, users.get(claim.id), listed_at)
+    def _observe(self, claim: Claim, users: Mapping[str, DeviceUser], listed_at: float, unlisted: Unlisted) -> Claim:
+        after = observe_usage(claim, users.get(claim.id), listed_at, unlisted)
         if after != claim:
             self._book.put(after)
         if after.pod is not None and after.pod != claim.pod:

@@ -58,11 +58,13 @@ class PodState:
 
     resources: how many of each extended resource (a name with a domain) the kubelet allocates for it, until it ends.
     Init containers count even after they have ended: they run again if the kubelet makes the pod's sandbox anew.
+    deleted: whether it is marked for deletion.
     """
 
     uid: str
     phase: PodPhase
     resources: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    deleted: bool = False
 
 
 PodCallback = Callable[[PodRef, PodPhase], None]
@@ -80,6 +82,9 @@ class PodView(Protocol):
     def ended(self, namespace: str, name: str) -> bool:
         """Returns whether the containers of this pod have all ended. False for an unknown pod and while not synced."""
 
+    def completed(self, pod: PodRef) -> bool:
+        """Returns whether this pod has ended by itself: nobody has deleted it. False while not synced."""
+
     def wanting(self, domain: str) -> Mapping[PodRef, Mapping[str, int]]:
         """Returns the pods that have or will have resources of this domain, with the number of each, by its name."""
 
@@ -91,11 +96,12 @@ def read_pod(obj: object) -> tuple[PodKey, PodState] | None:
     namespace, name, uid = metadata.get("namespace"), metadata.get("name"), metadata.get("uid")
     if not (isinstance(namespace, str) and isinstance(name, str) and isinstance(uid, str)):
         return None
+    deleted = metadata.get("deletionTimestamp") is not None
     if mapping(pod.get("status")).get("phase") in ("Succeeded", "Failed"):
-        return (namespace, name), PodState(uid, PodPhase.ENDED)
-    phase = PodPhase.RUNNING if metadata.get("deletionTimestamp") is None else PodPhase.TERMINATING
+        return (namespace, name), PodState(uid, PodPhase.ENDED, deleted=deleted)
+    phase = PodPhase.TERMINATING if deleted else PodPhase.RUNNING
     resources = dict(itertools.islice(_allocated(pod.get("spec")).items(), MAX_RESOURCES))
-    return (namespace, name), PodState(uid, phase, MappingProxyType(resources))
+    return (namespace, name), PodState(uid, phase, MappingProxyType(resources), deleted)
 
 
 def _allocated(spec: object) -> dict[str, int]:
@@ -155,6 +161,12 @@ class OwnPods(Reflector[dict[str, Any]]):
     def ended(self, namespace: str, name: str) -> bool:
         state = self._pods.get((namespace, name))
         return self.synced and state is not None and state.phase is PodPhase.ENDED
+
+    def completed(self, pod: PodRef) -> bool:
+        state = self._pods.get((pod.namespace, pod.name))
+        if state is None or state.uid != pod.uid or not self.synced:
+            return False
+        return state.phase is PodPhase.ENDED and not state.deleted
 
     async def _list(self) -> str:
         pods: dict[PodKey, PodState] = {}

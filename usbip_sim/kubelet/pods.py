@@ -13,12 +13,18 @@ from usbip_sim.kubelet.device_manager import ContainerSpec
 
 
 class AdmittedPods:
-    """PodView of the pods that the kubelet has admitted and not ended. A pod without a uid gets one from its name."""
+    """PodView of the pods that the kubelet has admitted and not ended. A pod without a uid gets one from its name.
+
+    bound: pods that are bound to the node, and that its kubelet has not admitted yet.
+    over: pods that have ended by themselves.
+    """
 
     def __init__(self, kubelet: Admission) -> None:
         self._kubelet = kubelet
         self._kept: dict[PodRef, Mapping[str, int]] | None = None
         self.synced = True
+        self.bound: dict[PodRef, Sequence[ContainerSpec]] = {}
+        self.over: set[PodRef] = set()
 
     def hold(self, *, synced: bool) -> None:
         """Freezes the view until resume(), as a broken pod watch does. synced: the break is not noticed yet."""
@@ -37,6 +43,9 @@ class AdmittedPods:
         """Returns False: this view does not know a pod that has ended. See PodView.ended."""
         return False
 
+    def completed(self, pod: PodRef) -> bool:
+        return pod in self.over
+
     def wanting(self, domain: str) -> Mapping[PodRef, Mapping[str, int]]:
         requested = {pod: of_domain(resources, domain) for pod, resources in self._view().items()}
         return {pod: counts for pod, counts in requested.items() if counts}
@@ -47,7 +56,7 @@ class AdmittedPods:
     def _now(self) -> dict[PodRef, Mapping[str, int]]:
         return {
             replace(pod, uid=pod.uid or f"uid-of-{pod.name}"): _allocated(containers)
-            for pod, containers in self._kubelet.active.items()
+            for pod, containers in {**self.bound, **self._kubelet.active}.items()
         }
 
 

@@ -7,46 +7,41 @@ import math
 import random
 from collections.abc import Coroutine
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 from opentelemetry.trace import NoOpTracer
 
 from usbip_plugin.context import NodeContext
+from usbip_plugin.inventory import turns
 from usbip_plugin.inventory.turns import OFFERED_BY_ALL_S, SLOT_S, TOGETHER_S, Turns, delay, rank
-from usbip_plugin.kube.fleet import MAX_NAMED, UNCOUNTED, Fleet
+from usbip_plugin.kube.fleet import MAX_NAMED, Fleet
 from usbip_plugin.locks.watch import LockChange
-from usbip_plugin.model import Lock, NodeIdentity, PodRef
+from usbip_plugin.model import Lock, NodeIdentity
 from usbip_sim.virtual.loop import SimClock, virtual
 
 DEVICE = "usbip-device"
 NAMES = [f"node-{n}" for n in range(MAX_NAMED)]
-POD = PodRef("default", "p")
 
 
-def lock(holder: str, epoch: int = 1, pod: PodRef | None = None) -> Lock:
-    return Lock(DEVICE, holder, epoch, 40.0, "1", pod=pod)
+def lock(holder: str, epoch: int = 1) -> Lock:
+    return Lock(DEVICE, holder, epoch, 40.0, "1")
 
 
-def released(by: str, epoch: int = 1, pod: PodRef | None = POD) -> LockChange:
-    return LockChange(DEVICE, lock(by, epoch, pod), lock("", epoch))
+def released(by: str, epoch: int = 1) -> LockChange:
+    return LockChange(DEVICE, lock(by, epoch), lock("", epoch))
 
 
 def ranks(fleet: Fleet, change: LockChange, names: list[str] = NAMES) -> dict[str, int]:
     return {name: rank(fleet, name, change) for name in names}
 
 
-def test_nodes_that_know_each_other_have_a_rank_each() -> None:
+def test_nodes_that_know_each_other_have_a_rank_each_but_for_the_former_holder() -> None:
     fleet = Fleet(len(NAMES), frozenset(NAMES))
     for epoch in range(20):
-        assert sorted(ranks(fleet, released("node-3", epoch)).values()) == list(range(len(NAMES)))
-
-
-@pytest.mark.parametrize("fleet", [Fleet(3, frozenset(NAMES[:3])), Fleet(500), Fleet(UNCOUNTED)])
-def test_the_former_holder_is_first_and_alone_unless_its_allocate_failed(fleet: Fleet) -> None:
-    used, failed = (ranks(fleet, released("node-0", 1, pod), NAMES[:3]) for pod in (POD, None))
-    assert used["node-0"] == failed["node-0"] == 0
-    assert min(used["node-1"], used["node-2"]) > 0
-    assert {name: used[name] - 1 for name in NAMES[1:3]} == {name: failed[name] for name in NAMES[1:3]}
+        found = ranks(fleet, released("node-3", epoch))
+        assert found.pop("node-3") == 0
+        assert sorted(found.values()) == list(range(len(NAMES) - 1))
 
 
 def test_the_order_of_the_others_changes_with_the_epoch() -> None:
@@ -56,14 +51,14 @@ def test_the_order_of_the_others_changes_with_the_epoch() -> None:
 
 
 def test_a_node_that_the_others_do_not_know_yet_has_a_rank_among_them() -> None:
-    assert 1 <= rank(Fleet(3, frozenset(NAMES[:3])), "new", released("node-0")) <= 3
-    assert rank(Fleet(1), "alone", released("alone", pod=None)) == 0
+    assert 0 <= rank(Fleet(3, frozenset(NAMES[:3])), "new", released("node-0")) <= 2
+    assert rank(Fleet(1), "alone", released("alone")) == 0
 
 
 def test_without_names_the_ranks_are_spread_over_the_fleet() -> None:
     drawn = ranks(Fleet(200), released("gone"), [f"n{n}" for n in range(200)])
-    assert min(drawn.values()) >= 1
-    assert max(drawn.values()) <= 199
+    assert min(drawn.values()) >= 0
+    assert max(drawn.values()) < 199
     assert len(set(drawn.values())) > 100
 
 
@@ -74,8 +69,12 @@ def test_turns_are_a_slot_apart_at_first_and_over_in_time() -> None:
     assert seconds[-1] == OFFERED_BY_ALL_S - TOGETHER_S
 
 
+second = patch.object(turns, "rank", lambda _fleet, node, change: int(node != change.former))
+"""Makes each node except the former holder the second one."""
+
+
 class Node:
-    """node-1 of a fleet of two, and when (seconds since the first release) its turns came."""
+    """node-1 of a fleet, and when (seconds since the first release) its turns came."""
 
     def __init__(self, tasks: asyncio.TaskGroup) -> None:
         loop = asyncio.get_running_loop()
@@ -90,7 +89,7 @@ class Node:
 
         self.part = Turns(
             context,
-            fleet=lambda: Fleet(2, frozenset({"node-0", "node-1"})),
+            fleet=lambda: Fleet(3),
             spawn=spawn,
             on_turn=lambda _device: self.turns.append(loop.time() - began),
         )
@@ -103,6 +102,7 @@ class Node:
         return bool(self.part.awaited())
 
 
+@second
 @virtual
 async def test_a_device_is_awaited_until_this_nodes_turn() -> None:
     async with asyncio.TaskGroup() as tasks:
@@ -114,6 +114,7 @@ async def test_a_device_is_awaited_until_this_nodes_turn() -> None:
         assert node.turns == pytest.approx([SLOT_S])
 
 
+@second
 @virtual
 async def test_a_lock_that_is_taken_or_gone_ends_the_turns() -> None:
     async with asyncio.TaskGroup() as tasks:
@@ -125,6 +126,7 @@ async def test_a_lock_that_is_taken_or_gone_ends_the_turns() -> None:
     assert not node.turns
 
 
+@second
 @virtual
 async def test_each_release_begins_the_turns_again_in_one_task() -> None:
     async with asyncio.TaskGroup() as tasks:
@@ -138,6 +140,7 @@ async def test_each_release_begins_the_turns_again_in_one_task() -> None:
     assert node.turns == pytest.approx([math.ceil(2.5 * SLOT_S / TOGETHER_S) * TOGETHER_S])
 
 
+@second
 @virtual
 async def test_turns_of_devices_that_are_released_one_after_another_come_together() -> None:
     async with asyncio.TaskGroup() as tasks:
@@ -149,6 +152,7 @@ async def test_turns_of_devices_that_are_released_one_after_another_come_togethe
     assert len(set(node.turns)) == 1
 
 
+@second
 @virtual
 async def test_what_this_process_has_not_seen_released_or_has_released_itself_is_not_awaited() -> None:
     async with asyncio.TaskGroup() as tasks:

@@ -68,6 +68,24 @@ async def test_a_pod_replaced_by_one_of_its_name_has_ended() -> None:
 
 
 @virtual
+async def test_a_pod_has_completed_if_it_ended_and_nobody_deleted_it() -> None:
+    pods, _ = own_pods(ApiDouble())
+    pods.synced = True
+    assert not pods.completed(A)
+    for obj, completed in (
+        (pod(), False),
+        (pod(phase="Succeeded"), True),
+        (pod(phase="Succeeded", deleted=True), False),
+        (pod(uid="uid-new", phase="Succeeded"), False),
+    ):
+        pods.apply(event("MODIFIED", obj))
+        assert pods.completed(A) is completed
+    pods.apply(event("MODIFIED", pod(phase="Failed")))
+    pods.synced = False
+    assert not pods.completed(A)
+
+
+@virtual
 async def test_a_pod_that_vanished_during_a_gap_is_reported_after_the_next_list() -> None:
     api = ApiDouble()
     api.items = [pod("a"), pod("b")]
@@ -147,7 +165,8 @@ def test_an_object_that_is_not_a_pod_is_ignored(value: Any) -> None:
 
 def test_only_uid_and_phase_are_kept() -> None:
     assert read_pod(pod(phase="Succeeded")) == (("default", "a"), PodState("uid-a", PodPhase.ENDED))
-    assert read_pod(pod(phase="Pending", deleted=True)) == (("default", "a"), PodState("uid-a", PodPhase.TERMINATING))
+    terminating = PodState("uid-a", PodPhase.TERMINATING, deleted=True)
+    assert read_pod(pod(phase="Pending", deleted=True)) == (("default", "a"), terminating)
 
 
 @pytest.mark.parametrize(
