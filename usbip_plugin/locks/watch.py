@@ -314,6 +314,23 @@ def _version_of(lease: Lease | None) -> str | None:
     return lease.resource_version if lease is not None else None
 
 
+READ_ROUNDS = 5
+"""Most reads of one lock in a row that a list overtakes."""
+
+
+async def read_lock(store: LeaseStore, cache: LockCache, device_id: str) -> Lease | None:
+    """Reads the record of a lock, and returns it, or a newer one that came meanwhile. Raises KubeError.
+
+    Reads again, up to READ_ROUNDS times in all, if a list came meanwhile that shows another record.
+    The device must have no other call under way, see LockCache.call().
+    """
+    for _ in range(READ_ROUNDS):
+        with cache.call(device_id) as call:
+            if cache.answered(call, await store.get(device_id)):
+                break
+    return cache.lease(device_id)
+
+
 # Seconds before the locks are listed and watched again: the first time, and at most.
 RETRY_S = (0.2, 5.0)
 

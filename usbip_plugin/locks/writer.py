@@ -14,11 +14,11 @@ from usbip_plugin.kube.retry import api_write
 from usbip_plugin.locks import protocol, record
 from usbip_plugin.locks.protocol import Create, Decision, Denied, Replace, Write
 from usbip_plugin.locks.record import Lease, LeaseStore
-from usbip_plugin.locks.watch import LockCache
+from usbip_plugin.locks.watch import LockCache, read_lock
 from usbip_plugin.model import DeviceKey, NodeIdentity
 from usbip_plugin.observe.spans import device_attributes, span
 
-# Most decisions of one attempt. Each follows a failed compare-and-swap. Also most reads in a row that a list overtakes.
+# Most decisions of one attempt. Each follows a failed compare-and-swap.
 CONFLICT_ROUNDS = 5
 
 
@@ -143,12 +143,5 @@ class Writer:
         return AcknowledgedWrite(lease, sent.sent_at)
 
     async def read(self, device_id: str) -> Lease | None:
-        """Reads the record, and returns it, or a newer one that came meanwhile. Raises KubeError.
-
-        Reads again, up to CONFLICT_ROUNDS times in all, if a list came meanwhile that shows another record.
-        """
-        for _ in range(CONFLICT_ROUNDS):
-            with self._view.call(device_id) as call:
-                if self._view.answered(call, await self._store.get(device_id)):
-                    break
-        return self._view.lease(device_id)
+        """Reads the record, and returns it, or a newer one that came meanwhile. Raises KubeError."""
+        return await read_lock(self._store, self._view, device_id)
