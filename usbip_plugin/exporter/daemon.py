@@ -69,11 +69,15 @@ def make_host(options: Options, clock: Clock) -> HostDevices:
     return host
 
 
-async def make_gate(options: Options, config: ExportConfig, port: int, clock: Clock) -> Gate:  # noqa: ARG001
+async def make_gate(options: Options, config: ExportConfig, port: int, clock: Clock) -> Gate:
     """Returns the gate that the file asks for. port: that of the listening sockets. Raises ConfigError."""
-    if config.fence:
-        raise ConfigError(str(options.config), [f"{options.config}: fence: not part of this version; remove the key"])
-    return OpenGate()
+    if not config.fence:
+        return OpenGate()
+    from usbip_plugin.exporter import fence  # noqa: PLC0415 - the client of the API server takes memory
+
+    return await fence.make_gate(
+        config, port=port, kubeconfig=options.kubeconfig, namespace=options.namespace, clock=clock
+    )
 
 
 async def run(options: Options, loaded: Loaded[ExportConfig]) -> None:
