@@ -13,21 +13,24 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import NamedTuple
 
+from usbip_plugin.exporter.fence import decide_import, may_keep
+from usbip_plugin.exporter.gate import Refusal
 from usbip_plugin.locks import protocol, record
 from usbip_plugin.locks.protocol import Create, Decision, Denied, LockMeta, LockStatus, Loss, Observation, Rules, Write
 from usbip_plugin.locks.record import Lease
-from usbip_plugin.model import DeviceKey, NodeIdentity, ServerKey
+from usbip_plugin.model import DeviceKey, Endpoint, Lock, NodeIdentity, ServerKey
 
 KEY = DeviceKey(ServerKey("10.0.0.1"), "1-1")
 META = LockMeta(usb_id="0951:1666")
 ME = NodeIdentity("me", "boot-of-me")
 NEVER = datetime(2000, 1, 1, tzinfo=UTC)  # time of every write, as no rule reads wall clocks
 EPOCH = 5
+PEER, ANOTHER = Endpoint("10.0.0.2", 40001), Endpoint("10.0.0.3", 40001)
 
 # The promises, named by their breach. The first one is about all nodes, the next two are about the state of one node,
 # and the others about a step.
@@ -38,7 +41,11 @@ SAME_EPOCH = "R3: the epoch does not tell one holder, or one boot of a holder, f
 LEFT_OVER = "R3: what was written by another holder, or under another boot, is left on the lock"
 NOT_QUIET = "R4: a lock is taken though it, or its holder's session, changed within the duration"
 TOO_SOON = "R6: a node detaches a device, though nobody else holds its lock, or not for a whole import window"
-PROMISES = frozenset({TWO_IMPORTS, NOT_NAMED, KEEPS_LOST, SAME_EPOCH, LEFT_OVER, NOT_QUIET, TOO_SOON})
+TOO_LATE = "fence: a connection gets the device that the lock has not named since the import arrived"
+CUT_OFF = "fence: a connection is ended, though no other holder has the lock"
+PROMISES = frozenset(
+    {TWO_IMPORTS, NOT_NAMED, KEEPS_LOST, SAME_EPOCH, LEFT_OVER, NOT_QUIET, TOO_SOON, TOO_LATE, CUT_OFF}
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,9 @@ class Bounds:
     twins: a new machine may take the name of one that has the device, is cut off and goes on.
     lists_in_use: the server lists the device even if it is in use, and the nodes know that.
     outages: there are times in which a node cannot read lock and session.
+    fenced: the server is the exporter with its fence. Imports have no window then: a node may be frozen for any time
+        between its write and its import. The device is a node's when the exporter gives it to the node's connection.
+    same_port: a node imports from the same port each time, not from a new one.
     """
 
     settings: tuple[tuple[float, float], ...] = ((6.0, 2.5),) * 2
@@ -68,6 +78,8 @@ class Bounds:
     twins: bool = False
     lists_in_use: bool = False
     outages: bool = False
+    fenced: bool = False
+    same_port: bool = False
 
     @property
     def longest(self) -> float:
@@ -85,6 +97,16 @@ class Habits:
     counts_outages: bool = False  # R4: goes on with an observation after an outage
     lets_go_while_attached: bool = False  # R5
     takes_silence_for_yes: bool = False  # R7
+    fence_trusts_its_watch: bool = False  # decides without a read of the lock after the import has arrived
+    fence_reads_old_locks: bool = False  # any record that the lock ever had will do
+
+
+@dataclass(frozen=True)
+class FenceRules:
+    """The decisions of the exporter's fence, which only mutants replace."""
+
+    decide_import: Callable[[Sequence[Lock], Endpoint], Refusal | None] = decide_import
+    may_keep: Callable[[Sequence[Lock], Endpoint], bool] = may_keep
 
 
 class Hold(enum.IntEnum):
@@ -118,18 +140,38 @@ class LockView(enum.IntEnum):
     LEFT = 5
 
 
+class Origin(enum.IntEnum):
+    """What a write does to the lock's import-from: KEPT, or replaced by the endpoint of a connection.
+
+    NEXT: of a connection yet to be made. PRESENT: of the one by which the writer has the device.
+    """
+
+    KEPT = 0
+    NEXT = 1
+    PRESENT = 2
+
+
 class Target(NamedTuple):
     """State of the lock after a write: its holder as the writer sees it, and what it says about the writer."""
 
     holder: str
     hold: Hold
+    origin: Origin = Origin.KEPT
+
+
+class Sight(NamedTuple):
+    """Whether the lock names the endpoint of a connection. seen: it did when the exporter last read it."""
+
+    named: bool = False
+    seen: bool = False
 
 
 class Sent(NamedTuple):
-    """A write without an answer. landed: it has taken effect. at: time at which it was sent."""
+    """A write without an answer. landed: it has taken effect. at: time at which it was sent. sight: of its endpoint."""
 
     at: float
     landed: bool
+    sight: Sight = Sight()
 
 
 class Operation(NamedTuple):
@@ -157,6 +199,9 @@ class Node(NamedTuple):
     informed: it has read that the lock is another node's, and has the device attached.
     lost: time since it has read that another node holds the lock of the device that it has attached.
     twin: another machine of its name, with an earlier boot, has the device.
+    sight: of the node's connection, present or next; only if Bounds.fenced, as the two below.
+    due: the lock named its connection when its import arrived.
+    read: the exporter has read the lock since its import arrived.
     """
 
     duration: float
@@ -173,6 +218,9 @@ class Node(NamedTuple):
     informed: bool = False
     lost: float | None = None
     twin: bool = False
+    sight: Sight = Sight()
+    due: bool = False
+    read: bool = False
 
 
 class Beat(enum.Enum):
@@ -201,11 +249,14 @@ class Model:
     bounds: Bounds = field(default_factory=Bounds)
     rules: Rules = field(default_factory=Rules)
     habits: Habits = field(default_factory=Habits)
+    fence: FenceRules = field(default_factory=FenceRules)
 
     # promises about states
 
     def live(self, node: Node) -> bool:
         """Returns whether the node has the device, or has an import under way that may still succeed (R1)."""
+        if self.bounds.fenced:
+            return node.use is Use.ATTACHED
         return node.use is Use.ATTACHED or (node.use is Use.IMPORTING and self.may_import(node.until))
 
     def users(self, node: Node) -> int:
@@ -216,13 +267,15 @@ class Model:
         """Returns the promise about a single node that this node breaks."""
         if node.use is Use.ATTACHED and node.informed:
             return KEEPS_LOST
-        if self.bounds.meddling:
-            return None
+        if self.bounds.meddling or self.bounds.fenced:
+            return None  # the exporter reads of another holder later
         if (self.live(node) and node.holds is not Hold.NOW) or (node.twin and node.holds not in (Hold.OLD, Hold.LEFT)):
             return NOT_NAMED
         return None
 
     def may_import(self, until: float | None) -> bool:
+        if self.bounds.fenced:
+            return until is not None
         return until is not None and self.rules.may_import(until, 0.0)
 
     # steps of a node
@@ -253,8 +306,8 @@ class Model:
         if node.operation is not None:
             yield from self._operate(node, node.operation)
         for stray in node.strays:
-            yield Step(f"given up before, takes effect: {self.words(stray)}", node, stray)
-        yield from self._use(node)
+            yield Step(f"given up before, takes effect: {self.words(stray)}", self.replaced(node, stray.origin), stray)
+        yield from self._use(node, lock)
         yield from self._die(node)
         if self.bounds.meddling and node.use is Use.ATTACHED and lock is not LockView.MINE:
             yield from self._withdraw(node, lease)
@@ -311,7 +364,7 @@ class Model:
             after = after._replace(observation=observation, reading=None)
         decision = self.rules.decide_acquire(lease, KEY, META, self.write(node), observation, listed)
         self._check_status(lease, decision, observation, listed)
-        target, broken = self.target(lease, decision)
+        target, broken = self.target(lease, decision, Origin.NEXT)
         if target is None:
             return
         if taking:
@@ -330,7 +383,7 @@ class Model:
         decision = self.rules.decide_amend(lease, self.write(node), {})
         if self.rules.decide_amend is protocol.decide_amend:
             assert isinstance(decision, Denied) == (not protocol.is_mine(lease, ME)) == (node.holds is not Hold.NOW)
-        target, broken = self.target(lease, decision)
+        target, broken = self.target(lease, decision, Origin.NEXT)
         if target is not None:
             operation = Operation(target, (Sent(0.0, landed=False),))
             yield Step("sends, to renew", node._replace(until=None, operation=operation), broken=broken)
@@ -343,13 +396,20 @@ class Model:
             return
         for index, write in enumerate(sent):
             others = sent[:index] + sent[index + 1 :]
-            if write.landed:
+            if write.landed and target.origin is Origin.PRESENT:
+                yield Step("hears that its write took effect", node._replace(operation=None))
+            elif write.landed:
                 counted = 0.0 if self.habits.counts_from_answer else write.at
                 until = self.rules.import_deadline(counted, node.window)
-                yield Step("hears that its write took effect", node._replace(operation=None, until=until))
+                sight = node.sight if self.bounds.same_port else write.sight
+                heard = node._replace(operation=None, until=until, sight=sight)
+                yield Step("hears that its write took effect", heard)
             else:
-                landed = Operation(target, (*others, write._replace(landed=True)))
-                yield Step(f"takes effect: {self.words(target)}", node._replace(operation=landed), target)
+                own = Sight(named=target.origin is Origin.NEXT and not self.bounds.same_port)
+                landed = write._replace(landed=True, sight=own)
+                after = self.replaced(node, target.origin)
+                after = after._replace(operation=Operation(target, (*_unnamed(others, target.origin), landed)))
+                yield Step(f"takes effect: {self.words(target)}", after, target)
         if len(sent) < self.bounds.writes and not sent[-1].landed:
             again = Operation(target, (*sent, Sent(0.0, landed=False)))
             yield Step("reads, finds nothing, sends again", node._replace(operation=again))
@@ -383,9 +443,12 @@ class Model:
 
     # the device
 
-    def _use(self, node: Node) -> Iterator[Step]:
+    def _use(self, node: Node, lock: LockView) -> Iterator[Step]:
         if node.use is Use.IDLE and self.may_import(node.until) and node.operation is None:
-            yield Step("starts to import", node._replace(use=Use.IMPORTING))
+            due = node.sight.named and lock is LockView.MINE
+            yield Step("starts to import", node._replace(use=Use.IMPORTING, due=due))
+        elif node.use is Use.IMPORTING and self.bounds.fenced:
+            yield from self._ask(node)
         elif node.use is Use.IMPORTING:
             if self.may_import(node.until):
                 yield Step("has imported and attached", node._replace(use=Use.ATTACHED, until=None))
@@ -393,9 +456,27 @@ class Model:
             else:
                 yield Step("its import is over, or too late", node._replace(use=Use.IDLE, until=None))
         elif node.use is Use.ATTACHED:
-            yield Step("detaches, or the server let it drop", node._replace(use=Use.IDLE, informed=False, lost=None))
+            yield Step("detaches, or the server let it drop", self.disconnected(node))
         if node.twin:
             yield Step("the cut-off machine lets the device go", node._replace(twin=False))
+
+    def _ask(self, node: Node) -> Iterator[Step]:
+        """Yields the answers of the exporter to an import."""
+        idle = node._replace(use=Use.IDLE, due=False, read=False)
+        known = node.sight.seen and (node.read or self.habits.fence_trusts_its_watch)
+        if known or self.habits.fence_reads_old_locks:
+            given = idle._replace(use=Use.ATTACHED, until=None)
+            yield Step("is given the device", given, broken=None if node.due else TOO_LATE)
+        yield Step("could not import", idle)
+        yield Step("gives its import up", self.disconnected(idle))
+
+    def disconnected(self, node: Node) -> Node:
+        """Returns the node after the end of its connection."""
+        after = node._replace(use=Use.IDLE, informed=False, lost=None)
+        if not self.bounds.fenced:
+            return after
+        sight = node.sight if self.bounds.same_port else Sight()
+        return after._replace(until=None, sight=sight, strays=_foreign(node.strays))
 
     def _withdraw(self, node: Node, lease: Lease | None) -> Iterator[Step]:
         """Yields the steps in which the watch shows a lock that is not this node's (R6)."""
@@ -406,7 +487,7 @@ class Model:
         match loss:
             case Loss.REGAIN if node.operation is None:
                 decision = self.rules.decide_acquire(lease, KEY, META, self.write(node), None, False)
-                target, broken = self.target(lease, decision)
+                target, broken = self.target(lease, decision, Origin.PRESENT)
                 if target is not None:
                     operation = Operation(target, (Sent(0.0, landed=False),))
                     yield Step("sends, to regain", node._replace(operation=operation, lost=None), broken=broken)
@@ -414,7 +495,8 @@ class Model:
                 yield Step("sees another holder", node._replace(lost=node.lost or 0.0))
             case Loss.DETACH:
                 broken = None if held and late else TOO_SOON
-                yield Step("detaches for another holder", node._replace(use=Use.IDLE, lost=None), broken=broken)
+                detached = self.disconnected(node)._replace(informed=node.informed)
+                yield Step("detaches for another holder", detached, broken=broken)
             case Loss.NONE | Loss.WAIT:
                 yield Step("sees the loss and keeps the device", node._replace(informed=True))
 
@@ -424,18 +506,62 @@ class Model:
         strays = self._strays(node, node.operation) if node.operation is not None else node.strays
         blank = Node(node.duration, node.window, holds=node.holds, strays=strays, quiet=node.quiet, twin=node.twin)
         attached = node.use is Use.ATTACHED
-        yield Step("plugin dies and starts anew", blank._replace(use=Use.ATTACHED if attached else Use.IDLE))
+        if self.bounds.same_port:
+            blank = blank._replace(sight=node.sight)
+        if attached:
+            yield Step("plugin dies and starts anew", blank._replace(use=Use.ATTACHED, sight=node.sight))
+        else:
+            yield Step("plugin dies and starts anew", blank)
         if self.bounds.reboots:
             old = Hold.OLD if node.holds is Hold.NOW else node.holds
-            strays = tuple(sorted({stray._replace(hold=Hold.OLD) if stray.holder else stray for stray in strays}))
+            strays = _foreign(stray._replace(hold=Hold.OLD) if stray.holder else stray for stray in strays)
             yield Step("node reboots", blank._replace(holds=old, strays=strays))
             if self.bounds.twins and attached and not node.twin:
                 yield Step("a new machine takes its name", blank._replace(holds=old, strays=strays, twin=True))
 
     # effects on a node
 
-    def changed(self, node: Node, holds: Hold, *, same_holder: bool) -> Node:
-        """Returns the node after a write of the lock, which makes the store refuse all writes under way."""
+    def replaced(self, node: Node, origin: Origin, *, own: bool = True) -> Node:
+        """Returns the node after a write of its own, or of another node, which may have replaced import-from."""
+        if origin is Origin.KEPT:
+            return node
+        operation = node.operation
+        if operation is not None:
+            operation = operation._replace(sent=_unnamed(operation.sent, origin))
+        named = own and (self.bounds.same_port or (origin is Origin.PRESENT and node.use is Use.ATTACHED))
+        return node._replace(sight=node.sight._replace(named=named), operation=operation)
+
+    def seen(self, node: Node, *, exists: bool, held: bool) -> tuple[Node, str | None]:
+        """Returns the node after the exporter has read the lock, and the promise that breaks.
+
+        exists, held: whether the lock exists, and has a holder.
+        """
+
+        def locks(sight: Sight) -> Sequence[Lock]:
+            origin = PEER if sight.named else ANOTHER
+            return [Lock(KEY.id, "holder" if held else "", EPOCH, 0.0, "1", import_from=origin)] if exists else []
+
+        def look(sight: Sight) -> Sight:
+            return sight._replace(seen=self.fence.decide_import(locks(sight), PEER) is None)
+
+        operation = node.operation
+        if operation is not None:
+            sent = tuple(write._replace(sight=look(write.sight)) if write.landed else write for write in operation.sent)
+            operation = operation._replace(sent=sent)
+        after = node._replace(operation=operation)
+        if node.use is Use.ATTACHED and not self.fence.may_keep(locks(node.sight), PEER):
+            return self.tidy(self.disconnected(after)), CUT_OFF if node.sight.named or not held else None
+        if self.bounds.same_port or node.until is not None or node.use is Use.ATTACHED:
+            after = after._replace(sight=look(node.sight))
+        return self.tidy(after._replace(read=node.use is Use.IMPORTING)), None
+
+    def changed(self, node: Node, holds: Hold, *, same_holder: bool, renamed: bool = False) -> Node:
+        """Returns the node after a write of the lock, which makes the store refuse all writes under way.
+
+        renamed: the write was another node's and has put the endpoint of that node's connection into the lock.
+        """
+        if renamed:
+            node = self.replaced(node, Origin.NEXT, own=False)
         operation = node.operation
         if operation is not None:
             landed = tuple(write for write in operation.sent if write.landed)
@@ -487,7 +613,9 @@ class Model:
     def tidy(self, node: Node) -> Node:
         oldest = -2 * self.bounds.longest
         until = node.until
-        if until is not None:
+        if until is not None and self.bounds.fenced:
+            until = 0.0  # an import has no window
+        elif until is not None:
             until = max(until, oldest) if self.may_import(until) else oldest
             if until == oldest and not self.may_import(until) and node.use is not Use.IMPORTING:
                 until = None
@@ -497,6 +625,9 @@ class Model:
         operation = node.operation
         if operation is None or not operation.sent:
             return after
+        if self.bounds.fenced:
+            sent = tuple(sorted(write._replace(at=0.0) for write in operation.sent))
+            return after._replace(operation=operation._replace(sent=sent))
         if self.habits.counts_from_answer:
             sent = tuple(write._replace(at=oldest) for write in operation.sent)
             return after._replace(operation=operation._replace(sent=sent))
@@ -558,7 +689,9 @@ class Model:
             resource_version="1",
         )
 
-    def target(self, lease: Lease | None, decision: Decision) -> tuple[Target | None, str | None]:
+    def target(
+        self, lease: Lease | None, decision: Decision, origin: Origin = Origin.KEPT
+    ) -> tuple[Target | None, str | None]:
         """Returns the lock after a write, None without a write that the store can accept; and the promise it breaks."""
         if isinstance(decision, Denied):
             return None, None
@@ -572,7 +705,9 @@ class Model:
             hold = Hold.NOW if boot == ME.boot_id else Hold.OLD
         else:
             hold = Hold.LEFT if boot is not None else Hold.NO
-        return Target(new.holder, hold), self._epoch(lease, new)
+        if not self.bounds.fenced:
+            origin = Origin.KEPT
+        return Target(new.holder, hold, origin), self._epoch(lease, new)
 
     def _epoch(self, old: Lease | None, new: Lease) -> str | None:
         """Returns the promise that a write breaks: each boot of each holder has its own epoch and annotations (R3)."""
@@ -602,3 +737,15 @@ class Model:
         if target.holder != ME.node:
             return "the lock still names another"
         return "the lock names it" + (", under its old boot" if target.hold is Hold.OLD else "")
+
+
+def _unnamed(writes: Sequence[Sent], origin: Origin) -> tuple[Sent, ...]:
+    """Returns the writes after another one, which may have replaced the lock's import-from."""
+    if origin is Origin.KEPT:
+        return tuple(writes)
+    return tuple(write._replace(sight=write.sight._replace(named=False)) for write in writes)
+
+
+def _foreign(strays: Iterable[Target]) -> tuple[Target, ...]:
+    """Returns writes that may still take effect, after the end of the connection whose endpoint they have."""
+    return tuple(sorted({stray._replace(origin=min(stray.origin, Origin.NEXT)) for stray in strays}))

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from tests.model.lock_model import (
+    CUT_OFF,
     KEEPS_LOST,
     NOT_NAMED,
     NOT_QUIET,
     SAME_EPOCH,
+    TOO_LATE,
     TOO_SOON,
     TWO_IMPORTS,
     Bounds,
+    FenceRules,
     Habits,
     Model,
 )
+from usbip_plugin.exporter.fence import decide_import, may_keep
+from usbip_plugin.exporter.gate import Refusal
 from usbip_plugin.locks import protocol, record
 from usbip_plugin.locks.protocol import Decision, Denied, LockMeta, Loss, Observation, Replace, Rules, Write
 from usbip_plugin.locks.record import Lease
-from usbip_plugin.model import DeviceKey, Lock, NodeIdentity
+from usbip_plugin.model import DeviceKey, Endpoint, Lock, NodeIdentity
 
 UNEVEN = ((15.0, 7.0), (6.0, 2.5))
 SLOW = Bounds(slow=True, amends=False, reboots=False)
 LOSSES = Bounds(meddling=True, amends=False)
+FENCED = Bounds(fenced=True)
 
 
 def never_late(_deadline: float, _now: float) -> bool:
@@ -151,6 +157,22 @@ def never_detached(lock: Lock | None, me: NodeIdentity, _held_for: float, window
     return protocol.decide_loss(lock, me, 0.0, window)
 
 
+def whoever_asks(locks: Sequence[Lock], peer: Endpoint) -> Refusal | None:
+    return decide_import([replace(lock, import_from=peer) for lock in locks], peer)
+
+
+def from_an_empty_lock(locks: Sequence[Lock], peer: Endpoint) -> Refusal | None:
+    return decide_import([replace(lock, holder="whoever") for lock in locks], peer)
+
+
+def never_cut(_locks: Sequence[Lock], _peer: Endpoint) -> bool:
+    return True
+
+
+def cut_without_a_holder(locks: Sequence[Lock], peer: Endpoint) -> bool:
+    return all(lock.holder for lock in locks) and may_keep(locks, peer)
+
+
 @dataclass(frozen=True)
 class Mutant:
     """A wrong rule.
@@ -166,10 +188,11 @@ class Mutant:
     habits: Habits = field(default_factory=Habits)
     bounds: Bounds = field(default_factory=Bounds)
     safe: bool = False
+    fence: FenceRules = field(default_factory=FenceRules)
 
     @property
     def model(self) -> Model:
-        return Model(self.bounds, self.rules, self.habits)
+        return Model(self.bounds, self.rules, self.habits, self.fence)
 
 
 MUTANTS = (
@@ -225,4 +248,29 @@ MUTANTS = (
     Mutant("R6", "detached-without-a-holder", TOO_SOON, rules=Rules(decide_loss=detached_at_once), bounds=LOSSES),
     Mutant("R6", "detached-without-a-wait", TOO_SOON, rules=Rules(decide_loss=without_a_wait), bounds=LOSSES),
     Mutant("R7", "silence-taken-for-yes", habits=Habits(takes_silence_for_yes=True)),
+    Mutant("fence", "endpoint-not-compared", bounds=FENCED, fence=FenceRules(decide_import=whoever_asks)),
+    Mutant("fence", "never-cut", bounds=FENCED, fence=FenceRules(may_keep=never_cut)),
+    Mutant("fence", "old-lock-read", bounds=FENCED, habits=Habits(fence_reads_old_locks=True)),
+    Mutant(
+        "fence",
+        "lock-not-read-again",
+        TOO_LATE,
+        bounds=FENCED,
+        habits=Habits(fence_trusts_its_watch=True),
+        safe=True,
+    ),
+    Mutant(
+        "fence",
+        "given-without-a-holder",
+        bounds=replace(LOSSES, fenced=True),
+        fence=FenceRules(decide_import=from_an_empty_lock),
+    ),
+    Mutant(
+        "fence",
+        "cut-without-a-holder",
+        CUT_OFF,
+        bounds=replace(LOSSES, fenced=True),
+        fence=FenceRules(may_keep=cut_without_a_holder),
+        safe=True,
+    ),
 )

@@ -24,11 +24,18 @@ QUICK: Mapping[str, Bounds] = {
     "two nodes, a server that lists devices in use": Bounds(lists_in_use=True),
     "two nodes, two machines of one name, a server that lists devices in use": Bounds(twins=True, lists_in_use=True),
     "two nodes, outages, sessions that are slow to read": Bounds(slow=True, amends=False, reboots=False, outages=True),
+    "two nodes, an exporter with a fence": Bounds(fenced=True),
+    "two nodes that import from the same port each time, an exporter with a fence": Bounds(fenced=True, same_port=True),
+    "two nodes, locks emptied under a device in use, an exporter with a fence": Bounds(
+        fenced=True, meddling=True, amends=False
+    ),
     "three nodes that do not reboot": Bounds((COARSE,) * 3, amends=False, reboots=False),
 }
 LONG: Mapping[str, Bounds] = {
     "two nodes, finer clocks, three writes of unknown fate at a time": Bounds((FINE,) * 2, rates=(3, 5), writes=3),
     "two nodes, sessions that are slow to read, reboots": Bounds(slow=True),
+    "two nodes, two writes of unknown fate at a time, an exporter with a fence": Bounds(writes=2, fenced=True),
+    "three nodes, an exporter with a fence": Bounds((COARSE,) * 3, amends=False, reboots=False, fenced=True),
     "three nodes": Bounds((COARSE,) * 3),
     "three nodes, finer clocks": Bounds((FINE,) * 3, rates=(3, 5)),
     "three nodes with different settings": Bounds((FINE, COARSE, COARSE), amends=False, reboots=False),

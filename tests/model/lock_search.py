@@ -8,7 +8,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from tests.model.lock_model import ME, PROMISES, TWO_IMPORTS, Beat, Hold, LockView, Model, Node, Target, Use
+from tests.model.lock_model import (
+    ME,
+    PROMISES,
+    TWO_IMPORTS,
+    Beat,
+    Hold,
+    LockView,
+    Model,
+    Node,
+    Origin,
+    Target,
+    Use,
+)
 
 BITS = 24
 MASK = (1 << BITS) - 1
@@ -94,7 +106,8 @@ class Search:
         self._broken: list[str | None] = []
         self._steps: dict[tuple[int, int, float], list[Known]] = {}
         self._ticks: dict[tuple[int, bool], tuple[int, ...]] = {}
-        self._changed: dict[tuple[int, int, bool], int] = {}
+        self._changed: dict[tuple[int, int, bool, bool], int] = {}
+        self._seen: dict[tuple[int, bool, bool], tuple[int, str | None]] = {}
         self._beaten: dict[int, int] = {}
 
     def run(self, most: int = 10**9) -> Result:
@@ -137,7 +150,8 @@ class Search:
     def check(self, world: World) -> str | None:
         """Returns the promise that a state breaks."""
         broken = [self._broken[node] for node in world.nodes]
-        if sum(self._users[node] for node in world.nodes) > 1 and not self.bounds.meddling:
+        alone = sum(self._users[node] for node in world.nodes) <= 1
+        if not alone and (self.bounds.fenced or not self.bounds.meddling):
             broken.insert(0, TWO_IMPORTS)
         return next((promise for promise in broken if promise in self.promises), None)
 
@@ -172,6 +186,14 @@ class Search:
         if self.bounds.meddling and holder is not None:
             moved = self._write(nodes, -1, holder, Target("", Hold.NO))
             yield Move(None, "somebody empties the lock", World(moved, exists), None)
+        if self.bounds.fenced:
+            read = [self._read(node, exists, holder is not None) for node in nodes]
+            yield Move(
+                None,
+                "the exporter reads the lock",
+                World(tuple(node for node, _ in read), exists),
+                next((broken for _, broken in read if broken), None),
+            )
         choices = [self._tick(node, holder not in (None, i)) for i, node in enumerate(nodes)]
         for after_tick in set(itertools.product(*choices)):
             if after_tick != nodes:
@@ -183,10 +205,11 @@ class Search:
         result = []
         for i, node in enumerate(nodes):
             hold = Hold.NO if i != named else target.hold if named == writer else Hold.OLD
-            key = (node, int(hold), new == holder)
+            renamed = target.origin is not Origin.KEPT and i != writer
+            key = (node, int(hold), new == holder, renamed)
             if key not in self._changed:
                 self._changed[key] = self._number(
-                    self.model.changed(self._nodes[node], hold, same_holder=new == holder)
+                    self.model.changed(self._nodes[node], hold, same_holder=new == holder, renamed=renamed)
                 )
             result.append(self._changed[key])
         return tuple(result)
@@ -199,6 +222,13 @@ class Search:
                 for step in self.model.steps(self._nodes[node], view, unused, theirs)
             ]
         return self._steps[key]
+
+    def _read(self, node: int, exists: bool, held: bool) -> tuple[int, str | None]:
+        key = (node, exists, held)
+        if key not in self._seen:
+            after, broken = self.model.seen(self._nodes[node], exists=exists, held=held)
+            self._seen[key] = self._number(after), broken
+        return self._seen[key]
 
     def _tick(self, node: int, others: bool) -> tuple[int, ...]:
         key = (node, others)
@@ -260,6 +290,9 @@ class Search:
             words.append("has the device")
         if node.twin:
             words.append("a cut-off machine of its name has the device")
+        if self.bounds.fenced and (node.until is not None or node.use is Use.ATTACHED):
+            words += ["the lock names its connection"] * node.sight.named
+            words += ["the exporter has read that"] * node.sight.seen
         if node.until is not None:
             doing = "imports" if node.use is Use.IMPORTING else "may import"
             words.append(f"{doing} for {node.until:g}" if self.model.may_import(node.until) else f"{doing}, too late")

@@ -8,9 +8,10 @@ from __future__ import annotations
 import pytest
 
 from tests.model.lock_model import TWO_IMPORTS, Bounds, Habits, Model
-from tests.model.lock_mutants import MUTANTS, Mutant
+from tests.model.lock_mutants import MUTANTS, Mutant, half_of_it, whoever_has_it, whoever_holds_it
 from tests.model.lock_runs import QUICK
 from tests.model.lock_search import search
+from usbip_plugin.locks.protocol import Rules
 
 EVERY, SOME = 10**9, 12_000
 """Limits of a search without a result, in the long form and in the short form. Each mutant's breach is found within
@@ -72,6 +73,26 @@ def test_everything_happens_to_a_device_in_use() -> None:
     }
 
 
+def test_everything_happens_at_an_exporter_with_a_fence() -> None:
+    assert search(Model(Bounds(fenced=True))).moves >= {
+        "is given the device",
+        "could not import",
+        "gives its import up",
+    }
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [Rules(decide_acquire=whoever_holds_it), Rules(observe=half_of_it), Rules(decide_release=whoever_has_it)],
+    ids=["R2", "R4", "R5"],
+)
+def test_a_fence_keeps_nodes_apart_without_the_rules_of_the_lock(wrong: Rules) -> None:
+    """Without a fence, each of these is a mutant that gives two nodes the device."""
+    result = search(Model(Bounds(fenced=True), wrong), frozenset({TWO_IMPORTS}))
+    assert result.found is None, str(result.found)
+    assert result.complete
+
+
 @pytest.mark.parametrize("mutant", MUTANTS, ids=name)
 def test_a_wrong_rule_is_found(mutant: Mutant) -> None:
     result = search(mutant.model, frozenset({mutant.promise}))
@@ -111,4 +132,4 @@ def test_nodes_that_differ_in_their_names_only_are_one_state() -> None:
 
 
 def test_mutants_are_of_every_rule() -> None:
-    assert {mutant.rule for mutant in MUTANTS} == {f"R{n}" for n in range(1, 8)}
+    assert {mutant.rule for mutant in MUTANTS} == {*(f"R{n}" for n in range(1, 8)), "fence"}
