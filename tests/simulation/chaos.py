@@ -29,6 +29,7 @@ from usbip_sim.server.server import VirtualServer
 from usbip_sim.server.usbdevice import VirtualDevice
 from usbip_sim.virtual.cluster import Cluster
 from usbip_sim.virtual.cluster_node import ClusterNode
+from usbip_sim.virtual.exporter import Exporter
 from usbip_sim.virtual.node_objects import PATCH
 from usbip_sim.virtual.steploop import Process, loop_of
 
@@ -97,11 +98,11 @@ Key = tuple[object, ...]
 class ApiErrors:
     """Faults of API calls during one action of API errors, drawn from a generator of their own."""
 
-    def __init__(self, action: Action, nodes: Sequence[str]) -> None:
+    def __init__(self, action: Action, nodes: Sequence[str], exporters: Sequence[str]) -> None:
         self._rng = random.Random(action.pick)
         self._share = self._rng.choice((0.1, 0.3, 0.7))
         everywhere = self._rng.random() < 0.5
-        self._nodes = frozenset(nodes if everywhere else [nodes[action.node % len(nodes)]])
+        self._nodes = frozenset([*nodes, *exporters] if everywhere else [nodes[action.node % len(nodes)]])
         self._kinds = self._rng.sample(API_FAULTS, self._rng.randint(1, len(API_FAULTS)))
 
     def concerns(self, node: str) -> bool:
@@ -485,7 +486,8 @@ class Chaos:
     # the API server
 
     def do_api_errors(self, action: Action, _node: ClusterNode) -> bool:
-        errors = ApiErrors(action, list(self.cluster.nodes))
+        exporters = [exporter.name for exporter in self.cluster.exporters.values()]
+        errors = ApiErrors(action, list(self.cluster.nodes), exporters)
         return self.during(
             action,
             ("api errors", action.pick % 1000),
@@ -510,6 +512,8 @@ class Chaos:
         def switch(down: bool) -> None:
             for node in self.cluster.nodes.values():
                 node.partition(cut=down or self.active("refused", node.name))
+            for exporter in self.cluster.exporters.values():
+                exporter.partition(cut=down or self.active("exporter cut", exporter.name))
 
         return self.switched(replace(action, lasts=action.lasts * 2), ("api down",), switch)
 
@@ -699,6 +703,36 @@ class Chaos:
     def _server_up(self, server: VirtualServer) -> None:
         if not self.active("down", server.key) and not self.active("dark", server.key):
             server.running = True
+            if server.key in self.cluster.exporters:
+                self.cluster.exporters[server.key].restart()
+
+    def _exporter(self, action: Action) -> Exporter | None:
+        exporters = list(self.cluster.exporters.values())
+        return exporters[action.pick % len(exporters)] if exporters else None
+
+    def do_exporter_cut(self, action: Action, _node: ClusterNode) -> bool:
+        """Refuses an exporter's connections to the API server."""
+        if (exporter := self._exporter(action)) is None:
+            return False
+        return self.switched(
+            action,
+            ("exporter cut", exporter.name),
+            lambda on: exporter.partition(cut=on or self.active("api down")),
+        )
+
+    def do_exporter_silent(self, action: Action, _node: ClusterNode) -> bool:
+        """Loses an exporter's requests to the API server, and the events of its watch."""
+        if (exporter := self._exporter(action)) is None:
+            return False
+        return self.switched(action, ("exporter silent", exporter.name), lambda on: exporter.silence(silent=on))
+
+    def do_exporter_restart(self, action: Action, _node: ClusterNode) -> bool:
+        """Starts an exporter's process again; imported devices stay imported."""
+        if (exporter := self._exporter(action)) is None:
+            return False
+        self.note(f"{exporter.name} starts again")
+        exporter.restart()
+        return True
 
     def do_server_freeze(self, action: Action, _node: ClusterNode) -> bool:
         server = self._server(action)

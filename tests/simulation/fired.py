@@ -7,10 +7,13 @@ from collections.abc import Mapping
 
 from tests.simulation.chaos import API_FAULTS, EVENT_FAULTS, NODE_FAULTS, RESTORED, at_step
 from tests.simulation.counting import RULES
-from tests.simulation.plan import AT_STEP, BY_CDI, BY_SERIAL, CONDITIONS, EVERYWHERE, FAILING, WEIGHTS
+from tests.simulation.plan import AT_STEP, BY_CDI, BY_SERIAL, CONDITIONS, EVERYWHERE, FAILING, OF_EXPORTERS, WEIGHTS
 
 REQUIRED: Mapping[str, tuple[str, ...]] = {
-    "actions": (*WEIGHTS, *BY_CDI, *BY_SERIAL, *EVERYWHERE, *FAILING, *map(at_step, AT_STEP), "restore", *RESTORED),
+    "actions": (
+        *(*WEIGHTS, *BY_CDI, *BY_SERIAL, *OF_EXPORTERS, *EVERYWHERE, *FAILING, *map(at_step, AT_STEP)),
+        *("restore", *RESTORED),
+    ),
     "answers of the API server": tuple(f"API {name}" for name in (*API_FAULTS, *EVENT_FAULTS, *NODE_FAULTS)),
     "conditions, plans with them": tuple(CONDITIONS),
     "rules": RULES,

@@ -25,9 +25,10 @@ from usbip_plugin.inventory.turns import OFFERED_BY_ALL_S
 from usbip_plugin.kubelet.allocate import PRE_START_WAIT
 from usbip_plugin.locks import record
 from usbip_plugin.locks.record import Lease
-from usbip_plugin.model import DeviceKey, Lock, PodRef, Reason, UsbId
+from usbip_plugin.model import DeviceKey, Lock, PodRef, Reason, ServerKey, UsbId
 from usbip_sim.kubelet.specs import UnresolvableDevice, resolve
 from usbip_sim.leases import WATCH_IDLE_S
+from usbip_sim.server.server import RESET_TIME, VirtualServer
 from usbip_sim.virtual.cluster import Cluster
 from usbip_sim.virtual.cluster_kubelet import Call
 from usbip_sim.virtual.cluster_node import ClusterNode
@@ -54,6 +55,11 @@ MAX_FAILURES = 7
 """Limit of failed Allocates of one node for one device while no fault begins or ends and nobody gets the device."""
 SELECTED: Mapping[str, tuple[UsbId, ...]] = {"stick": (STICK, FLASHED), "dongle": (DONGLE,), "any": (STICK,)}
 """The USB IDs that resources select."""
+FENCE_S = WATCH_IDLE_S + 15.0
+"""Limit of a connection whose lock has another holder, at an exporter. Its watch must find out that it is dead."""
+TAKEOVER_S = DEAD_PEER_S + RESET_TIME + 5.0
+"""Limit of a device of a frozen node, at an exporter, until others offer it, beyond the lock's duration: its connection
+must be found dead, and the exporter be polled."""
 ROBBED_S = 20.0
 """Limit of an attachment or an import of a node whose lock was taken away."""
 
@@ -68,6 +74,8 @@ def served(cluster: Cluster, node: ClusterNode) -> frozenset[str]:
 
 
 TURN = "a node's turn comes"
+TAKEN_OVER = "the device of a frozen node is offered elsewhere in time"
+BY_SERVER = "one import, by the server's account"
 SOURCE_KEPT = "the port of a half-open connection stays on its lock"
 
 
@@ -130,17 +138,22 @@ class Watch:
         if self._failed is not None:
             raise self._failed
         for server in self.cluster.servers.values():
-            # without fencing, a node that was cut off and attaches again is counted twice: its connection is half-open
-            if server.violations and self.settings.fenced:
-                raise Violation("one import, by the server's account", f"{server.key}: {server.violations}")
+            # others count a node twice that was cut off and attaches again: its old connection is half-open
+            if server.violations and (self.settings.exclusive or self._never_twice(server)):
+                raise Violation(BY_SERVER, f"{server.key}: {server.violations}")
         for key, importers in self.cluster.network.imports().items():
             holder = self.cluster.holder(key)
             # a node whose lock was taken away has a time to find out, which _check_lost_locks() checks
             nodes = [node for node in importers if node == holder or (key, node) not in self.chaos.lost_locks]
             if len(nodes) > 1:
                 raise Violation("one import, by the nodes' account", f"{key}: {nodes}")
-            if nodes and holder != nodes[0]:
+            # an exporter learns of a new holder by its watch, see _connections()
+            if nodes and holder != nodes[0] and not self.cluster.servers[key.server].is_fenced:
                 raise Violation("a lock for each import", f"{key}: imported by {nodes[0]}, locked by {holder!r}")
+
+    def _never_twice(self, server: VirtualServer) -> bool:
+        """Returns whether the server's fence alone keeps each device to one connection."""
+        return server.is_fenced and not self.settings.serves_without_api
 
     def _written(self, before: Lease | None, after: Lease | None) -> None:
         self.dirty = True
@@ -240,6 +253,8 @@ class Watch:
             self._statuses.look(node, now)
         self._check_lost_locks(now)
         self._ports(now)
+        self._connections(now)
+        self._takeovers(now)
 
     def _allocates(self, node: ClusterNode, now: float) -> None:
         process = node.process
@@ -267,6 +282,19 @@ class Watch:
             and not node.pods.process.halted
         )
 
+    def reads_locks(self, server: ServerKey) -> bool:
+        """Returns whether an exporter runs and the API server answers it; True for other servers."""
+        exporter = self.cluster.exporters.get(server)
+        active = self.chaos.active
+        return exporter is None or (
+            exporter.server.running
+            and not exporter.server.frozen
+            and not active("exporter cut", exporter.name)
+            and not active("exporter silent", exporter.name)
+            and not active("api down")
+            and not self.chaos.api_errors(exporter.name)
+        )
+
     def reachable(self, node: ClusterNode, key: DeviceKey) -> bool:
         """Returns whether no fault hinders the node's import of a device."""
         server = self.cluster.servers[key.server]
@@ -277,6 +305,7 @@ class Watch:
             and link.passable
             and not link.slow
             and server.table.plugged(key.busid)
+            and self.reads_locks(key.server)
             and not any(self.chaos.active(what, key) for what in ("moved", "unbound", "swapped", "refused", "mute"))
             and not any(self.chaos.active(what, node.name) for what in ("specs fail", "records fail"))
             and not self.chaos.active("ports full", node.name)
@@ -478,3 +507,35 @@ class Watch:
                 bad = not node.host.halted and node.name not in live.get(key, ())
                 if self._for_long(bad, now, DEAD_PORT_S / node.clock.rate, "port", node.name, key):
                     raise Violation("a dead connection frees its port", f"{node.name}: {key}")
+
+    def _connections(self, now: float) -> None:
+        """Checks that an exporter ends the connection of a node whose lock another one holds."""
+        for key, importers in self.cluster.network.imports().items():
+            lease = self.cluster.backend.leases.get(key.id)
+            lock = record.lock_of(lease) if lease is not None else None
+            if lock is None or lock.import_from is None or not self.cluster.servers[key.server].is_fenced:
+                continue
+            for name in importers:
+                bad = lock.holder not in ("", name) and self.reads_locks(key.server)
+                if self._for_long(bad, now, FENCE_S, "fence", name, key):
+                    raise Violation("a fence cuts", f"{key}: {name} still has it, locked by {lock.holder}")
+
+    def _takeovers(self, now: float) -> None:
+        """Checks that the device of a frozen node is offered elsewhere in time, if its server is an exporter."""
+        for key in self._keys.values():
+            holder = self.cluster.nodes.get(self.cluster.holder(key))
+            if holder is None or key.server not in self.cluster.exporters:
+                continue
+            for node in self.cluster.nodes.values():
+                health = node.agent.inventory.health().get(key.id) if node.agent is not None else None
+                held = health is not None and health.reason is Reason.HELD_ELSEWHERE
+                bad = held and holder.host.halted and self.quiet(node) and self._polled(node, key.server)
+                bound = (self.settings.locks.duration + TAKEOVER_S) / min(1.0, node.clock.rate)
+                if self._for_long(bad, now, bound, "takeover", node.name, holder.name, key):
+                    raise Violation(TAKEN_OVER, f"{node.name}: {key} is still held by {holder.name}, which is frozen")
+
+    def _polled(self, node: ClusterNode, server: ServerKey) -> bool:
+        """Returns whether the node's polls of a server work."""
+        link = self.cluster.network.link(node.name, server)
+        known = self.cluster.servers[server]
+        return known.running and not known.frozen and link.passable and not link.slow

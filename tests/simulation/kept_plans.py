@@ -48,7 +48,7 @@ def parse(text: str) -> KeptPlan:
     settings = document["settings"]
     settings["locks"] = LockSettings(**settings["locks"])
     settings["devices"] = tuple(map(tuple, settings["devices"]))
-    for name in ("keepalive", "rates", "offsets"):
+    for name in ("keepalive", "rates", "offsets", "exporters"):
         settings[name] = tuple(settings[name])
     actions = tuple(Action(**{**_DEFAULTS, **each}) for each in document["actions"])
     return KeptPlan(document["found"], document["broke"], Plan(document["seed"], Settings(**settings), actions))

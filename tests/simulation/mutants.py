@@ -16,7 +16,7 @@ from tests.model.lock_mutants import (
     never_detached,
     whoever_holds_it,
 )
-from tests.simulation.invariants import SOURCE_KEPT, TURN
+from tests.simulation.invariants import BY_SERVER, SOURCE_KEPT, TURN
 from tests.simulation.node_statuses import KNOWN, SAID
 from tests.simulation.plan import Plan
 from tests.simulation.play import Wrong, patched
@@ -28,6 +28,7 @@ from usbip_plugin.attach.pipeline import Pipeline
 from usbip_plugin.attach.release import Releaser
 from usbip_plugin.claims import Claim, ClaimState
 from usbip_plugin.errors import KubeUnreachable
+from usbip_plugin.exporter import fence
 from usbip_plugin.inventory import health, turns
 from usbip_plugin.inventory.failures import FailureTracker
 from usbip_plugin.kube.node_status import NodeStatusPublisher
@@ -277,10 +278,10 @@ IN_FLIGHT = tuple(
 """A's request to the server is under way for longer than its lock lasts."""
 ROBBED = tuple(shape(act(0, "admit"), act(0.1, loss, lasts=70), wait(40)) for loss in ("lock_taken", "lock_released"))
 """A loses the lock while the device enumerates, which takes 0.3 s."""
-HALF_OPEN = shape(act(0, "admit"), act(4, "link_cut", lasts=30), wait(60), keepalive=(False,), fenced=True)
+HALF_OPEN = shape(act(0, "admit"), act(4, "link_cut", lasts=30), wait(60), keepalive=(False,), exclusive=True)
 """The network between A and a server without keepalive is away for half a minute."""
 LEFT_HALF_OPEN = shape(
-    act(0, "admit"), act(4, "link_cut", lasts=30), act(20, "end"), wait(40), keepalive=(False,), fenced=True
+    act(0, "admit"), act(4, "link_cut", lasts=30), act(20, "end"), wait(40), keepalive=(False,), exclusive=True
 )
 """The same, and the pod of A ends meanwhile."""
 ROBBED_FOR_LONG = shape(
@@ -337,6 +338,21 @@ RESTORED = tuple(
     for bumped in (1, 0)
 )
 """A takes the device between a backup and the restore."""
+FROZEN_IMPORTS = tuple(
+    shape(
+        act(0, "freeze_agent", lasts=9, steps=steps),
+        act(0, "admit"),
+        *(act(at, "admit", B) for at in (4.4, 5.2, 6.0, 6.8, 7.6)),
+        wait(30),
+        locks=LockSettings(3.0, 1.4),
+        latency=0.3,
+        allocate_timeout=30.0,
+        exporters=(True,),
+    )
+    for steps in range(10, 40, 4)
+)
+"""A is frozen between its lock write and its import until B has the device, whose server is an exporter."""
+WITHOUT_R1 = Wrong(Rules(import_deadline=for_ever))
 UNANSWERED = shape(act(0, "api_silent", lasts=30), act(0.1, "admit"))
 
 MUTANTS = (
@@ -467,6 +483,13 @@ OTHERS = (
         ANOTHER,
         (SWAPPED,),
         patched(Pipeline, "_enumerate", any_serial_number_will_do),
+    ),
+    Mutant(
+        "fence",
+        "the endpoint is not compared",
+        BY_SERVER,
+        FROZEN_IMPORTS,
+        replace(WITHOUT_R1, patches=((fence, "decide_import", ignore),)),
     ),
     Mutant(
         "turns",

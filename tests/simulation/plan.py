@@ -26,13 +26,15 @@ class Settings:
     """Cluster of one run.
 
     devices: (sticks, dongles) of each server.
-    fenced: servers export a device only once.
+    exclusive: servers export a device only once.
+    exporters: for each server, whether it is an exporter with a fence. None at all if empty.
+    serves_without_api: these serve everybody while they have no API server.
     """
 
     nodes: int
     devices: tuple[tuple[int, int], ...]
     keepalive: tuple[bool, ...]
-    fenced: bool
+    exclusive: bool
     rates: tuple[float, ...]
     offsets: tuple[float, ...]
     locks: LockSettings
@@ -42,6 +44,8 @@ class Settings:
     latency: float
     cdi: bool = False
     lists_in_use: bool = False
+    exporters: tuple[bool, ...] = ()
+    serves_without_api: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +149,9 @@ STOPPED_IMPORTS = 30
 IMPORTING = (10, 45)
 """First and last step of an agent at which it may be between its lock write and its import."""
 
+OF_EXPORTERS = {"exporter_cut": 30, "exporter_silent": 30, "exporter_restart": 30}
+"""Kinds for plans with exporters: one more action in so many."""
+
 BY_SERIAL = {"swap_twin": 30}
 """Kinds for plans with a resource by serial number: one more action in so many."""
 PROMISED = "S-1-1"
@@ -182,7 +189,7 @@ CONDITIONS: Mapping[str, Callable[[Settings], bool]] = {
     "a clock faster than 1.4": lambda s: max(s.rates) > 1.4,
     "clocks nearly a factor of two apart": lambda s: max(s.rates) / min(s.rates) > 1.9,
     "an import window of nearly half the duration": lambda s: s.locks.import_window / s.locks.duration > 0.4,
-    "servers that export a device twice": lambda s: not s.fenced,
+    "servers that export a device twice": lambda s: not s.exclusive,
     "a server that finds dead clients": lambda s: any(s.keepalive),
     "a server that never finds dead clients": lambda s: not all(s.keepalive),
     "five nodes": lambda s: s.nodes == 5,
@@ -190,8 +197,11 @@ CONDITIONS: Mapping[str, Callable[[Settings], bool]] = {
     "a device of two resources": lambda s: s.overlapping,
     "serial numbers read": lambda s: s.serials,
     "devices handed out by CDI": lambda s: s.cdi,
+    "an exporter with a fence": lambda s: any(s.exporters),
+    "an exporter with a fence that would export a device twice": lambda s: any(s.exporters) and not s.exclusive,
+    "an exporter that serves without the API server": lambda s: any(s.exporters) and s.serves_without_api,
     "servers that list devices in use": lambda s: s.lists_in_use,
-    "servers that list devices in use and export them twice": lambda s: s.lists_in_use and not s.fenced,
+    "servers that list devices in use and export them twice": lambda s: s.lists_in_use and not s.exclusive,
 }
 """Conditions that a plan's settings may meet."""
 
@@ -208,7 +218,7 @@ def draw_settings(rng: random.Random) -> Settings:
         nodes=nodes,
         devices=tuple((rng.randint(1, 2), int(rng.random() < 0.5)) for _ in range(servers)),
         keepalive=tuple(rng.random() < 0.5 for _ in range(servers)),
-        fenced=rng.random() < 0.5,
+        exclusive=rng.random() < 0.5,
         rates=tuple(rates),
         offsets=tuple(rng.uniform(0, 1e6) for _ in range(nodes)),
         locks=LockSettings(duration, window),
@@ -231,6 +241,10 @@ def draw(seed: int, length: int = ACTIONS) -> Plan:
     more = random.Random(f"cdi {seed}")
     lists = random.Random(f"lists {seed}").random() < 0.25
     settings = replace(draw_settings(rng), cdi=more.random() < 0.5, lists_in_use=lists)
+    exporting = random.Random(f"fences {seed}")
+    if exporting.random() < 0.4:
+        exporters = tuple(exporting.random() < 0.7 for _ in settings.devices)
+        settings = replace(settings, exporters=exporters, serves_without_api=exporting.random() < 0.3)
     kinds, weights = list(WEIGHTS), list(WEIGHTS.values())
     actions: list[Action] = []
     at = ALLOCATION_GRACE
@@ -246,7 +260,12 @@ def draw(seed: int, length: int = ACTIONS) -> Plan:
             late = at + settings.locks.duration * rng.uniform(1.1, 2.5) / min(settings.rates)
             actions.append(_action(rng, late, "race", node))
     again, others = random.Random(f"reload {seed}"), random.Random(f"serial {seed}")
-    for drawn, kinds_of, given in ((more, BY_CDI, settings.cdi), (others, BY_SERIAL, settings.serials)):
+    drawn_for = (
+        (more, BY_CDI, settings.cdi),
+        (others, BY_SERIAL, settings.serials),
+        (exporting, OF_EXPORTERS, any(settings.exporters)),
+    )
+    for drawn, kinds_of, given in drawn_for:
         for kind, share in kinds_of.items() if given else ():
             for _ in range(length // share):
                 place = drawn.randrange(len(actions))

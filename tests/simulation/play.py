@@ -25,6 +25,7 @@ from tests.simulation.invariants import Watch, served
 from tests.simulation.lasting import Violation
 from tests.simulation.plan import CONDITIONS, PROMISED, Plan, Settings
 from usbip_plugin.attach.usage import ALLOCATION_GRACE
+from usbip_plugin.config.export import WhenApiIsAway
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.inventory.failures import MAX_PAUSE
 from usbip_plugin.locks import record
@@ -181,6 +182,10 @@ class _Play:
             self._server(f"server-{i}", sticks, dongles, settings, i)
             for i, (sticks, dongles) in enumerate(settings.devices)
         ]
+        away = WhenApiIsAway.SERVE if settings.serves_without_api else WhenApiIsAway.REFUSE
+        exporters = (
+            server.key for server, is_exporter in zip(servers, settings.exporters, strict=False) if is_exporter
+        )
         return ClusterSpec(
             names=[f"node-{chr(ord('a') + i)}" for i in range(settings.nodes)],
             servers=servers,
@@ -194,14 +199,16 @@ class _Play:
             latency=lambda: settings.latency * latency.uniform(0.5, 1.5),
             driver=self._wrong.driver,
             observer=watched,
+            exporters=dict.fromkeys(exporters, away),
         )
 
     def _server(self, host: str, sticks: int, dongles: int, settings: Settings, index: int) -> VirtualServer:
         devices = [stick(f"1-{i + 1}") for i in range(sticks)] + [dongle(f"2-{i + 1}") for i in range(dongles)]
-        keepalive = settings.keepalive[index]
+        is_exporter = bool(settings.exporters) and settings.exporters[index]
+        keepalive = settings.keepalive[index] or is_exporter
         server = VirtualServer(devices, host, 3240, clock=SimClock(self._loop), listen=False, keepalive=keepalive)
-        server.table.exclusive = settings.fenced
-        server.table.lists_in_use = settings.lists_in_use
+        server.table.exclusive = settings.exclusive
+        server.table.lists_in_use = settings.lists_in_use and not is_exporter
         return server
 
     async def _story(self, c: Cluster, chaos: Chaos) -> None:

@@ -59,5 +59,5 @@ def test_a_plan_survives_its_file(seed: int) -> None:
 
 def test_a_file_with_an_unknown_field_is_refused() -> None:
     text = text_of(KeptPlan("It was wrong.", "a promise", draw(0)))
-    with pytest.raises(TypeError, match="fence"):
-        parse(text.replace('"fenced"', '"fence"'))
+    with pytest.raises(TypeError, match="exclusiv'"):
+        parse(text.replace('"exclusive"', '"exclusiv"'))

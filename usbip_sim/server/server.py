@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterable
+import sys
+from collections.abc import Coroutine, Iterable
 
 from usbip_plugin.clock import Clock, SystemClock
+from usbip_plugin.exporter.gate import Gate, OpenGate, Refusal
 from usbip_plugin.model import Endpoint, ServerKey
 from usbip_plugin.sync import Broadcast
 from usbip_plugin.usbip import wire
@@ -16,6 +18,7 @@ from usbip_sim.server.usbdevice import Transfers, VirtualDevice
 
 RESET_TIME = 0.3  # seconds that a device is busy after its importer has gone, as measured on usbip-host
 _CLOSE_TIMEOUT = 5.0
+_NO_MORE = sys.maxsize  # bytes for which a connection waits that must not go on yet
 
 
 class VirtualServer:
@@ -25,6 +28,7 @@ class VirtualServer:
     reset_time: seconds that a device stays busy after its importer has gone.
     listen: False for the simulated network only; then port must be given.
     keepalive: the server detects that a client's host has gone. usbipd does not.
+    gate: decides which connections may have a device, as in the exporter.
     connections: number of connections ever made.
     """
 
@@ -45,16 +49,43 @@ class VirtualServer:
         self.table = table = ExportTable(devices, self._clock, reset_time)
         self.plug, self.unplug, self.drop, self.lie = table.plug, table.unplug, table.drop, table.lie
         self.importers, self.violations = table.importers, table.violations
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.gate: Gate = OpenGate()
+        self._leave_gate = self.gate.subscribe(self.check)
         self.connections = 0
         self.running = False
         self.frozen = False
         self._listener: asyncio.Server | None = None
         self._open: dict[ServerConnection, None] = {}
-        self._closed = Broadcast()
+        self._closed, self._thawed = Broadcast(), Broadcast()
 
     @property
     def key(self) -> ServerKey:
         return ServerKey(self._host, self._port)
+
+    def use_gate(self, gate: Gate) -> None:
+        """Replaces the gate. Connections stay until the new one ends them."""
+        self._leave_gate()
+        self.gate = gate
+        self._leave_gate = gate.subscribe(self.check)
+
+    def check(self, busid: str) -> None:
+        """Ends the connections that may not keep the device, unless the server is down or frozen."""
+        if not self.running or self.frozen:
+            return
+        for connection in tuple(self._open):
+            if self.table.is_importer(busid, connection) and not self.gate.may_stay(busid, connection.peer):
+                connection.end()
+
+    @property
+    def is_fenced(self) -> bool:
+        return not isinstance(self.gate, OpenGate)
+
+    def spawn(self, work: Coroutine[object, object, None]) -> None:
+        """Runs work as a task of the server, until it stops."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def start(self) -> None:
         """Starts to answer, on the same port as before. Idempotent."""
@@ -83,6 +114,8 @@ class VirtualServer:
         if self._listener is not None:
             self._listener.close()
             self._listener = None
+        for task in tuple(self._tasks):
+            task.cancel()
         if not keep_imports:
             for connection in tuple(self._open):
                 connection.end()
@@ -94,7 +127,14 @@ class VirtualServer:
 
     def thaw(self) -> None:
         self.frozen = False
+        self._thawed.fire()
         self._pause_or_resume()
+        for device in self.table.devices():
+            self.check(device.busid)
+
+    async def until_thawed(self) -> None:
+        """Waits until the server is not frozen. Cancel-safe, no timeout."""
+        await self._thawed.until(lambda: not self.frozen)
 
     def peers(self, busid: str) -> list[Endpoint]:
         """Returns the other ends of the connections to which the device is exported."""
@@ -130,6 +170,7 @@ class ServerConnection(asyncio.Protocol):
         self._steps = self._serve()
         self._need = next(self._steps)
         self._client_blocked = False  # the client does not read its answers
+        self._refusal: Refusal | None = None
         self.peer: Endpoint | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -151,12 +192,18 @@ class ServerConnection(asyncio.Protocol):
         while len(self._received) >= self._need:
             piece = bytes(self._received[: self._need])
             del self._received[: self._need]
-            try:
-                self._need = self._steps.send(piece)
-            except (StopIteration, wire.ProtocolViolation):
-                if self._transport is not None:
-                    self._transport.close()
+            if not self._advance(piece):
                 return
+
+    def _advance(self, piece: bytes) -> bool:
+        """Goes on with the conversation. Returns whether it has not ended."""
+        try:
+            self._need = self._steps.send(piece)
+        except (StopIteration, wire.ProtocolViolation):
+            if self._transport is not None:
+                self._transport.close()
+            return False
+        return True
 
     def pause_writing(self) -> None:
         """Stops reading from a client that does not read its answers, to bound the write buffer."""
@@ -188,11 +235,18 @@ class ServerConnection(asyncio.Protocol):
             self._transport.write(data)
 
     def _serve(self) -> wire.Decoding[None]:
-        table = self._server.table
+        table, gate = self._server.table, self._server.gate
         request = yield from wire.request()
         if isinstance(request, wire.DevlistRequest):
             self._write(wire.encode_devlist_reply(table.devlist()))
             return
+        if self.peer is not None and not isinstance(gate, OpenGate):
+            self._server.spawn(self._ask(gate, request.busid, self.peer))
+            yield _NO_MORE  # until _ask() has the answer
+            if self._refusal is not None:
+                table.refused += 1
+                self._write(wire.encode_import_reply(wire.ImportReply(wire.ST_NA, None)))
+                return
         reply = table.import_device(request.busid, self)
         while reply is None:
             yield 1  # until the client hangs up
@@ -200,3 +254,12 @@ class ServerConnection(asyncio.Protocol):
         if reply.descriptor is not None:
             device, real = table.device(request.busid)
             yield from Transfers(device, real, self._write, lambda value: table.configure(device.busid, value)).run()
+
+    async def _ask(self, gate: Gate, busid: str, peer: Endpoint) -> None:
+        """Asks the gate, and goes on with its answer in the same step, so that nothing changes in between."""
+        self._refusal = await gate.admits(busid, peer)
+        while self._server.frozen:
+            await self._server.until_thawed()
+            self._refusal = await gate.admits(busid, peer)
+        if self._transport is not None and self._advance(b""):
+            self.data_received(b"")

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import TypeVar
 
 from usbip_sim.virtual.cluster_node import ClusterNode
+from usbip_sim.virtual.exporter import Exporter
 from usbip_sim.virtual.loop import SimClock
 from usbip_sim.virtual.steploop import loop_of
 from usbip_sim.virtual.surroundings import ClusterSpec, FaultPlan, Surroundings
@@ -19,7 +20,7 @@ __all__ = ["Cluster", "ClusterNode", "ClusterSpec", "FaultPlan", "running"]
 
 
 class Cluster(Surroundings):
-    """Simulated cluster: its nodes by name, and what they share. Runs within `running`."""
+    """Simulated cluster: its nodes by name, its exporters, and what they share. Runs within `running`."""
 
     def __init__(self, spec: ClusterSpec) -> None:
         super().__init__(spec)
@@ -29,6 +30,7 @@ class Cluster(Surroundings):
         self.nodes = {
             name: ClusterNode(name, self, SimClock(loop, rates[i], offsets[i])) for i, name in enumerate(spec.names)
         }
+        self.exporters = {key: Exporter(self.servers[key], self, away) for key, away in spec.exporters.items()}
 
     def __getitem__(self, name: str) -> ClusterNode:
         return self.nodes[name]
@@ -52,6 +54,8 @@ async def running(cluster: C) -> AsyncIterator[C]:
     """Runs the servers and agents of a simulated cluster within the block."""
     for server in cluster.spec.servers:
         await server.start()
+    for exporter in cluster.exporters.values():
+        exporter.restart()
     try:
         for node in cluster.nodes.values():
             node.start()

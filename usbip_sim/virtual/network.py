@@ -81,7 +81,10 @@ class NetworkConnection(Protocol):
 
     @property
     def live_import(self) -> str | None:
-        """The bus ID of an IMPORT over this connection that may be under way or granted, or None."""
+        """The bus ID of an IMPORT over this connection that may be under way or granted, or None.
+
+        An exporter with a fence decides when the IMPORT arrives, so that one under way does not count.
+        """
 
     def update_timers(self) -> None:
         """Starts and stops keepalive timers after a link, a host or a side of the connection has changed."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from opentelemetry.trace import NoOpTracer, Tracer
 
+from usbip_plugin.config.export import WhenApiIsAway
 from usbip_plugin.config.schema import Config
 from usbip_plugin.locks.manager import LockSettings
 from usbip_plugin.locks.protocol import Rules
@@ -30,6 +31,7 @@ class ClusterSpec:
     offsets: start of each node's monotonic clock, in seconds; 1000.0 where not given.
     latency: returns the seconds that a packet takes one way; called for each packet.
     fleet: number of nodes that an agent counts in the cluster; 0 for those in names.
+    exporters: by the servers that are exporters with a fence, what they do without the API server.
     """
 
     names: Sequence[str]
@@ -46,6 +48,7 @@ class ClusterSpec:
     observer: Callable[[str], MetricHooks] = lambda _node: MetricHooks()
     tracer: Callable[[str], Tracer] = lambda _node: NoOpTracer()
     fleet: int = 0
+    exporters: Mapping[ServerKey, WhenApiIsAway] = field(default_factory=dict)
 
 
 class Surroundings:

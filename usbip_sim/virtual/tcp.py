@@ -45,7 +45,7 @@ class TcpConnection(Connection):
         self._network = link.network
         self._network.connections[self] = None
         self._to_server, self._to_node = Way(link), Way(link)
-        self._protocol: asyncio.Protocol | None = None
+        self._protocol: ServerConnection | None = None
         self._transport = _ServerTransport(self)
         self._held: deque[bytes | None] = deque()
         self._paused = False
@@ -64,7 +64,13 @@ class TcpConnection(Connection):
     @property
     def live_import(self) -> str | None:
         lost = self._was_accepted and not self.server_up
-        return None if lost or not self.node_up or self.references == 0 else self._import
+        if lost or not self.node_up or self.references == 0 or self._import is None:
+            return None
+        if self.server.is_fenced and (
+            self._protocol is None or not self.server.table.is_importer(self._import, self._protocol)
+        ):
+            return None
+        return self._import
 
     @property
     def closing(self) -> bool:
@@ -219,6 +225,7 @@ class TcpConnection(Connection):
 
     def server_write(self, data: bytes) -> None:
         if self.server_up:
+            self._network.on_change()
             self._send_to_node(lambda: self._data_arrived(data))
 
     def server_close(self, error: OSError | None = None) -> None:
