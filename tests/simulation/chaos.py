@@ -157,6 +157,8 @@ class Chaos:
         self.flashed: dict[DeviceKey, VirtualDevice] = {}
         """Sticks that have another USB ID now, as they are listed with it."""
         self.ended_badly: list[str] = []
+        self.deprived: set[tuple[DeviceKey, str]] = set()
+        """Devices and the nodes that have lost their lock to a restore, and take it back from whoever has it then."""
         self.set_back: dict[str, str] = {}
         """Versions of the Leases that the last restore has changed, by name."""
         self.unknowable: set[tuple[str, str]] = set()
@@ -573,6 +575,7 @@ class Chaos:
             for node in {*live.get(key, ()), lease.holder if lease is not None else ""} & self.cluster.nodes.keys():
                 if holder != node:
                     self.lost_locks[key, node] = loop_of().time()
+                    self.deprived.add((key, node))
                     self.fired["restored, a lock in use is not its node's"] += node in live.get(key, ())
         for node in self.cluster.nodes.values():
             self._note_unknowable(node)

@@ -176,6 +176,12 @@ class Watch:
             self._released_by_hand_of |= {(lease.name, pod) for pod in self.chaos.pods}
         if old[0] in self.cluster.nodes and not new[0] and after is not None and not record.lock_of(after).by_hand:
             self._let_go(self.cluster.nodes[old[0]], lease.name)
+        key = self._keys.get(lease.name)
+        if key is not None and (key, new[0]) in self.chaos.deprived:
+            self.chaos.deprived.discard((key, new[0]))
+            if old[0] in self.cluster.nodes.keys() - {new[0]}:
+                self.chaos.fired["restored, taken back from another node"] += 1
+                self.chaos.lost_locks[key, old[0]] = loop_of().time()
         if self.settings.lists_in_use and {old[0], new[0]} <= self.cluster.nodes.keys() and old[0] != new[0]:
             self._taken_over(self._keys[lease.name], old[0])
         if before is not None and after is not None and not self.settings.lists_in_use:

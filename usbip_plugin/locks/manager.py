@@ -19,7 +19,7 @@ from usbip_plugin.config.schema import DEFAULT_LOCK_DURATION_S, IMPORT_WINDOW_S
 from usbip_plugin.errors import LockError, LockHeld, LockLost, LockUnavailable
 from usbip_plugin.locks import protocol, record
 from usbip_plugin.locks.kept import IgnoredLocks, LockFilter
-from usbip_plugin.locks.protocol import Decision, Denied, LockMeta, LockStatus, Rules, Write
+from usbip_plugin.locks.protocol import Decision, Denied, LockMeta, LockStatus, Rules, Tenure, Write
 from usbip_plugin.locks.record import Lease, LeaseStore
 from usbip_plugin.locks.session import ExpiryWatch, Session
 from usbip_plugin.locks.watch import ApiReachability, ApiState, LockCache, LockChange, LockWatcher, WatchedStore
@@ -125,7 +125,7 @@ class LockManager:
         self._watcher = LockWatcher(watched, self._view, self._reachability, clock, rng, self.ready, self._settle)
         self._device_locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         self._mine: set[str] = set()
-        self._tenures: dict[str, int] = {}  # by device ID: the epoch in which this boot holds, or held, the lock
+        self._tenures: dict[str, Tenure] = {}  # by device ID: the last hold by this boot
         self._taking = 0
         # By device ID: the epoch that an acquire() may have begun before it was given up.
         self._abandoned: dict[str, tuple[DeviceKey, int]] = {}
@@ -190,7 +190,7 @@ class LockManager:
 
     def is_set_back(self, device_id: str) -> bool:
         """Returns whether a restore of etcd has set the lock back to before this boot's hold of it (R6)."""
-        return protocol.is_set_back(self.locks.get(device_id), self._me, self._tenures.get(device_id))
+        return protocol.is_set_back(self._view.lease(device_id), self._me, self._tenures.get(device_id))
 
     async def acquire(
         self, key: DeviceKey, meta: LockMeta | None = None, *, claimed: bool = False, attached: bool = False
@@ -210,7 +210,7 @@ class LockManager:
 
         async def decide(lease: Lease | None, write: Write) -> Decision:
             nonlocal former
-            if lease is not None and protocol.is_set_back(record.lock_of(lease), self._me, tenure):
+            if lease is not None and protocol.is_set_back(lease, self._me, tenure):
                 free = replace(lease, holder="")
                 return self.rules.decide_acquire(free, key, meta or LockMeta(), write, None, True)
             if claimed and lease is not None and protocol.released_by_hand(lease):
@@ -363,8 +363,9 @@ class LockManager:
     def _changed(self, change: LockChange) -> None:
         if change.new is not None and change.new.holder == self._me.node:
             self._mine.add(change.device_id)
-            if change.new.boot_id == self._me.boot_id:
-                self._tenures[change.device_id] = change.new.epoch
+            lease = self._view.lease(change.device_id)
+            if lease is not None and protocol.is_mine(lease, self._me):
+                self._tenures[change.device_id] = Tenure(lease.uid, record.epoch_of(lease))
             self._check_orphan(change.device_id)
         else:
             self._mine.discard(change.device_id)

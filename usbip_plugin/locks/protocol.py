@@ -244,16 +244,24 @@ def of_another_boot(lease: Lease | None, me: NodeIdentity) -> bool:
     return lease is not None and lease.holder == me.node and not is_mine(lease, me)
 
 
-def is_set_back(lock: Lock | None, me: NodeIdentity, tenure: int | None) -> bool:
-    """Returns whether a lock is older than this boot's own hold of it: etcd was restored from a backup (R6).
+@dataclass(frozen=True, slots=True)
+class Tenure:
+    """A hold of a lock by this boot: the uid of the Lease, and the epoch."""
 
-    Each new holder begins an epoch, and a release keeps it. So no later record has such an epoch.
+    uid: str
+    epoch: int
 
-    tenure: the epoch in which this boot held the lock; None if it did not.
+
+def is_set_back(lease: Lease | None, me: NodeIdentity, tenure: Tenure | None) -> bool:
+    """Returns whether a lock is older than this boot's last hold of it: etcd was restored from a backup (R6).
+
+    Each new holder begins an epoch, and a release keeps it. So no later record of the same Lease has such an epoch. A
+    Lease that was deleted and created again has another uid, and begins anew.
     """
-    if lock is None or tenure is None or (lock.holder, lock.boot_id) == (me.node, me.boot_id):
+    if lease is None or tenure is None or lease.uid != tenure.uid or is_mine(lease, me):
         return False
-    return lock.epoch < tenure or (lock.epoch == tenure and lock.holder != "")
+    epoch = record.epoch_of(lease)
+    return epoch < tenure.epoch or (epoch == tenure.epoch and not is_free(lease))
 
 
 class Loss(enum.Enum):

@@ -740,6 +740,19 @@ def test_after_a_restore_of_etcd_every_node_agrees_with_the_api_server(bump: int
 
 
 @on_held_world
+async def test_a_lock_that_was_deleted_and_taken_by_another_node_is_not_taken_back(w: World) -> None:
+    a, b = w.nodes
+    await a.manager.release(KEY)
+    assert (await a.manager.acquire(KEY)).epoch == 2
+    w.backend.delete(KEY.id, w.backend.leases[KEY.id].resource_version)
+    assert (await b.manager.acquire(KEY)).epoch == 1
+    await until(lambda: a.manager.locks[KEY.id].holder == "b", a)
+    assert not a.manager.is_set_back(KEY.id)
+    with pytest.raises(LockHeld, match="held by node b"):
+        await a.manager.acquire(KEY, attached=True)
+
+
+@on_held_world
 async def test_a_writer_with_a_record_from_before_a_restore_finds_the_present_one_by_its_conflict(w: World) -> None:
     a, _b = w.nodes
     held = w.backend.backup()

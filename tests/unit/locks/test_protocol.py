@@ -19,6 +19,7 @@ from usbip_plugin.locks.protocol import (
     Loss,
     Observation,
     Replace,
+    Tenure,
     Write,
 )
 from usbip_plugin.locks.record import Lease
@@ -225,24 +226,26 @@ def test_r6_a_device_is_detached_for_a_holder_that_stays_or_a_person_only(
 
 
 @pytest.mark.parametrize(
-    ("lease", "epoch", "tenure", "set_back"),
+    ("lease", "epoch", "uid", "tenure", "set_back"),
     [
-        (held(OTHER), 3, None, False),
-        (held(OTHER), 4, 3, False),  # taken from this node
-        (held(OTHER), 3, 3, True),
-        (held(REBOOTED), 3, 3, True),
-        (held(OTHER), 1, 3, True),
-        (held(ME), 1, 3, False),
-        (released(ME), 3, 3, False),  # its own release, or a person's
-        (released(OTHER), 2, 3, True),
-        (None, 0, 3, False),
+        (held(OTHER), 3, "u", None, False),
+        (held(OTHER), 4, "u", 3, False),  # taken from this node
+        (held(OTHER), 3, "u", 3, True),
+        (held(REBOOTED), 3, "u", 3, True),
+        (held(OTHER), 1, "u", 3, True),
+        (held(OTHER), 1, "v", 3, False),  # deleted, and created by another node
+        (held(ME), 1, "u", 3, False),
+        (released(ME), 3, "u", 3, False),  # its own release, or a person's
+        (released(OTHER), 2, "u", 3, True),
+        (None, 0, "u", 3, False),
     ],
 )
 def test_r6_a_lock_of_an_epoch_before_this_boots_own_was_set_back(
-    lease: Lease | None, epoch: int, tenure: int | None, set_back: bool
+    lease: Lease | None, epoch: int, uid: str, tenure: int | None, set_back: bool
 ) -> None:
-    lock = record.lock_of(replace(lease, transitions=epoch)) if lease is not None else None
-    assert protocol.is_set_back(lock, ME, tenure) is set_back
+    found = replace(lease, transitions=epoch, uid=uid) if lease is not None else None
+    own = Tenure("u", tenure) if tenure is not None else None
+    assert protocol.is_set_back(found, ME, own) is set_back
 
 
 def test_r4_a_heartbeat_without_a_lock_write_shows_that_the_holder_lives_and_has_its_device() -> None:
