@@ -1,13 +1,15 @@
-"""Tasks and wake-ups within one event loop: starting tasks, waiting for conditions, subscribers, directory changes."""
+"""Tasks and wake-ups within one event loop: tasks, threads, waits for conditions, subscribers, directory changes."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
+from concurrent.futures import Executor, Future
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Self, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, Self, TypeAlias, TypeVar
 
 from usbip_plugin.clock import Clock
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
 Steps: TypeAlias = Generator[None, None, T]
@@ -66,6 +69,33 @@ def start_task(
         log.debug("task not started, plugin is stopping", extra={"work": name} if name else None)
     work.close()
     return None
+
+
+class OwnThreads(Executor):
+    """An executor that runs each call in a new thread of this name, so that no call waits for another one.
+
+    For calls that a peer or the kernel can block without end. The threads do not keep the process from ending. The
+    caller must bound how many calls are under way.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        answer = Future[T]()
+
+        def work() -> None:
+            if not answer.set_running_or_notify_cancel():
+                return
+            try:
+                result = fn(*args, **kwargs)
+            except BaseException as error:  # noqa: BLE001 - raised where the answer is awaited
+                answer.set_exception(error)
+            else:
+                answer.set_result(result)
+
+        threading.Thread(target=work, name=self._name, daemon=True).start()
+        return answer
 
 
 def leaves(errors: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:

@@ -9,6 +9,7 @@ import os
 import shutil
 import threading
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,8 @@ from tests.rigs.vhci_contract import attached, state
 from tests.rigs.vhci_fake_sysfs import add_interface, add_node
 from tests.rigs.vhci_rigs import SERVER, SUPER, TWINS, Connection, FakeSysfsRig
 from usbip_plugin.clock import SystemClock
+from usbip_plugin.config.parse import parse_config
+from usbip_plugin.config.reload import ConfigWatcher
 from usbip_plugin.errors import (
     AttachRefused,
     AttachStuck,
@@ -34,7 +37,7 @@ from usbip_plugin.errors import (
     WrongDevice,
     WrongSerial,
 )
-from usbip_plugin.model import HUB_CLASS, Attachment, DeviceKey, InterfaceClass, Reason, UsbId
+from usbip_plugin.model import HUB_CLASS, Attachment, Descriptor, DeviceKey, InterfaceClass, Reason, UsbId
 from usbip_plugin.node.check import Outcome, driver_findings
 from usbip_plugin.sync import RECHECK_S, Broadcast
 from usbip_plugin.vhci import sysfs
@@ -643,6 +646,124 @@ class TestDetach:
         await rig.fill("hs")
         with pytest.raises(PortsExhausted, match="all 6 hs ports"):
             await attach(rig, rig.plugin())
+
+
+class TestBulkheads:
+    """What a device or the kernel makes hang delays no other device."""
+
+    @pytest.fixture(autouse=True)
+    async def shared_thread_hangs(self) -> AsyncIterator[None]:
+        """Leaves the event loop's own pool without a thread."""
+        over = threading.Event()
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(over.wait, LIMIT_S)
+            asyncio.get_running_loop().set_default_executor(pool)
+            yield
+            over.set()
+
+    async def test_devices_that_never_answer_their_drivers_are_all_detached_and_delay_no_other(
+        self, rig: FakeSysfsRig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.setattr(sysfs, "WRITE_S", 0.2)
+        driver = rig.plugin()
+        well = await attached(driver, await rig.import_twin(0))
+        silent = [replace(TWINS[1], busid=f"3-{number}", devnum=20 + number) for number in range(4)]
+        for descriptor in silent:
+            rig.sysfs.devices[descriptor.devid] = descriptor
+            rig.sysfs.silent.add(descriptor.devid)
+
+        async def fails(descriptor: Descriptor) -> None:
+            imported = rig.server.connect(descriptor)
+            port = await attach_import(driver, imported)
+            with pytest.raises(AttachStuck, match="no answer from the kernel"):
+                await driver.enumerate(imported.key, descriptor, port, timeout=LIMIT_S)
+
+        file = tmp_path / "config.yaml"
+        file.write_text("resources: {}")
+        read = asyncio.Event()
+        watcher = ConfigWatcher(file, parse_config, SystemClock(), lambda *_: read.set(), lambda _error: None)
+        async with asyncio.timeout(LIMIT_S), asyncio.TaskGroup() as group:
+            for descriptor in silent:
+                group.create_task(fails(descriptor))
+            group.create_task(watcher.check())
+            group.create_task(driver.detach(well.port, timeout=LIMIT_S))
+        assert read.is_set()
+        assert {port.status for port in await driver.ports()} == {PortStatus.NULL}
+
+    async def test_a_detach_does_not_wait_for_the_attach_of_another_device(self, rig: FakeSysfsRig) -> None:
+        entered, go_on = asyncio.Event(), threading.Event()
+        loop = asyncio.get_running_loop()
+        driver = rig.plugin()
+        well = await attached(driver, await rig.import_twin(0))
+
+        def hang(_port: int) -> None:
+            loop.call_soon_threadsafe(entered.set)
+            assert go_on.wait(LIMIT_S)
+
+        rig.sysfs.before_attach = hang
+        attaching = asyncio.create_task(attach(rig, driver, 1))
+        async with asyncio.timeout(LIMIT_S):
+            await entered.wait()
+            await driver.detach(well.port, timeout=LIMIT_S)
+        assert not attaching.done()
+        go_on.set()
+        assert await attaching != well.port
+
+    async def test_two_attaches_at_once_take_different_ports(self, rig: FakeSysfsRig) -> None:
+        both = threading.Barrier(2)
+        rig.sysfs.before_attach = lambda _port: (both.wait(LIMIT_S), None)[1]
+        driver = rig.plugin()
+        ports = await asyncio.gather(attach(rig, driver, 0), attach(rig, driver, 1))
+        assert len(set(ports)) == 2
+
+    async def test_a_write_whose_caller_has_given_up_is_never_carried_out(
+        self, rig: FakeSysfsRig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        held: list[tuple[Future[Any], Callable[[], Any]]] = []
+
+        class HeldThreads(Executor):
+            """Threads that the machine does not run yet."""
+
+            def __init__(self, _name: str) -> None:
+                pass
+
+            def submit(self, fn: Callable[..., Any], /, *_args: Any, **_kwargs: Any) -> Future[Any]:
+                held.append((Future(), fn))
+                return held[-1][0]
+
+        driver = rig.plugin()
+        port = await attach(rig, driver)
+        monkeypatch.setattr(sysfs, "OwnThreads", HeldThreads)
+        enumerating = asyncio.create_task(enumerate_twin(driver, port))
+        async with asyncio.timeout(LIMIT_S):
+            while not held:  # noqa: ASYNC110 (the rig sends no event for it)
+                await asyncio.sleep(0.01)
+        enumerating.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await enumerating
+        for future, work in held:
+            future.set_result(work())
+        assert not [path for path, _text in rig.sysfs.written if path.endswith("/authorized")]
+
+    async def test_a_second_write_to_a_file_of_a_port_waits_for_the_first_and_no_longer_than_its_caller(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(sysfs, "WRITE_S", 0.1)
+        go_on, written, finished = threading.Event(), list[str](), list[str]()
+
+        def write(_path: Path, text: str) -> None:
+            written.append(text)
+            assert go_on.wait(LIMIT_S)
+
+        writer, path = sysfs.Writer(SystemClock(), write), Path("authorized")
+        for text in ("first", "second"):
+            with pytest.raises(TimeoutError, match="no answer"):
+                await writer.write(path, text, device=0, finish=lambda text=text: finished.append(text))  # type: ignore[misc]
+        assert (written, finished) == (["first"], ["second"])
+        go_on.set()
+        monkeypatch.setattr(sysfs, "WRITE_S", LIMIT_S)
+        await writer.write(path, "third", device=0)
+        assert (written, finished) == (["first", "third"], ["second", "first"])
 
 
 class TestNotice:

@@ -26,7 +26,7 @@ from tests.kernel.kernel_rig import (
 from tests.rigs.agent_rig import arrives
 from tests.rigs.usbipd import RealUsbipd, eventually
 from tests.rigs.vhci_contract import VhciContract, attached, state
-from usbip_plugin.errors import DeviceBusy, HubRefused, WrongDevice, WrongSerial
+from usbip_plugin.errors import AttachStuck, DeviceBusy, HubRefused, WrongDevice, WrongSerial
 from usbip_plugin.model import HUB_CLASS, Attachment, DeviceKey, DeviceNode, InterfaceClass, UsbId
 from usbip_plugin.vhci.linux import SysfsVhci
 from usbip_plugin.vhci.sysfs import SPEED_SUPER, SPEED_SUPER_PLUS, PortStatus
@@ -84,6 +84,16 @@ async def served(rig: KernelRig, device: VirtualDevice) -> AsyncIterator[Connect
     finally:
         await rig.clean()
         await server.stop()
+
+
+async def readable(driver: SysfsVhci, port: int) -> bool:
+    """Returns whether the kernel has read the descriptors of the port's device."""
+    busid = (await state(driver, port)).local_busid
+    return busid is not None and is_enumerated(busid)
+
+
+def is_enumerated(busid: str) -> bool:
+    return Path("/sys/bus/usb/devices", busid, "descriptors").exists()
 
 
 def both_have_ttys() -> bool:
@@ -182,6 +192,44 @@ class TestDevices:
                     await driver.enumerate(imported.key, imported.descriptor, port, serial=serial, timeout=LIMIT_S)
                 assert raised.value.found == TWINS[0]
                 assert port not in {p.number for p in await driver.ports() if p.status is not PortStatus.NULL}
+
+
+class TestBulkheads:
+    async def test_devices_whose_server_stops_answering_are_all_detached_and_delay_no_other(
+        self, rig: KernelRig
+    ) -> None:
+        """A write to `authorized` then returns only when the connection ends (usb_kill_urb waits for RET_UNLINK)."""
+        driver = rig.plugin()
+        well = await attached(driver, await rig.import_serial(TWINS[0]))
+        devices = [VirtualDevice(f"9-{number}", UsbId(0x0951, 0x1666)) for number in range(1, 9)]
+        server = VirtualServer(devices, reset_time=0)
+        await server.start()
+        imports, ports = list[Connection](), list[int]()
+        try:
+            for device in devices:
+                key = DeviceKey(server.key, device.busid)
+                imports.append(Connection(await rig.client.import_device(key, timeout=LIMIT_S)))
+                ports.append(await driver.attach(key, imports[-1].descriptor, imports[-1].fileno()))
+                imports[-1].close()
+            async with asyncio.timeout(LIMIT_S):
+                for port in ports:
+                    while not await readable(driver, port):  # noqa: ASYNC110 (the status changes without a uevent)
+                        await asyncio.sleep(0.05)
+            server.freeze()
+
+            async def fails(imported: Connection, port: int) -> None:
+                with pytest.raises(AttachStuck, match="no answer from the kernel"):
+                    await driver.enumerate(imported.key, imported.descriptor, port, timeout=2 * LIMIT_S)
+
+            async with asyncio.timeout(3 * LIMIT_S), asyncio.TaskGroup() as group:
+                for imported, port in zip(imports, ports, strict=True):
+                    group.create_task(fails(imported, port))
+                group.create_task(driver.detach(well.port, timeout=LIMIT_S))
+            assert not [port for port in await driver.ports() if port.status is not PortStatus.NULL]
+        finally:
+            await rig.clean()
+            server.thaw()
+            await server.stop()
 
 
 class TestOtherPrograms:

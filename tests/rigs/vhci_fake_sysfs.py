@@ -40,6 +40,7 @@ class FakeSysfs:
 
     devices, serials: the device and its serial number by devid.
     stuck: devids that never enumerate.
+    silent: devids that answer no driver: a write to their `authorized` returns when they are detached.
     linger: whether sysfs directories stay until vanish().
     before_attach: called with the port before each attach.
     refuse: errnos for the next writes, by file name.
@@ -51,6 +52,7 @@ class FakeSysfs:
     devices: dict[int, Descriptor]
     serials: dict[int, str] = field(default_factory=dict)
     stuck: set[int] = field(default_factory=set)
+    silent: set[int] = field(default_factory=set)
     linger: bool = False
     before_attach: Callable[[int], None] = lambda _port: None
     child_kinds: dict[UsbId, tuple[str, ...]] = field(default_factory=dict)  # subsystems of the nodes that drivers make
@@ -60,6 +62,8 @@ class FakeSysfs:
 
     def __post_init__(self) -> None:
         self._lock = threading.RLock()
+        self._gone = threading.Condition(self._lock)
+        self._closed = False
         self._devnums: dict[str, int] = {}
         self.rows: list[Row] = []
         base = self.root / "devices/platform"
@@ -83,6 +87,7 @@ class FakeSysfs:
         return self.rows[port].device.parent
 
     def close(self) -> None:
+        self._closed = True
         for row in self.rows:
             self.free(row.number)
 
@@ -106,11 +111,19 @@ class FakeSysfs:
                         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
                     self.free(row.number)
                 case "authorized":
+                    self._hang(path.parent)
                     path.write_text(text + "\n")
                     self._probe(path.parent)
                     self._uevent("bind", path.parent)
                 case _:
                     path.write_text(text + "\n")
+
+    def _hang(self, device: Path) -> None:
+        row = next(row for row in self.rows if row.device == device)
+        if row.devid in self.silent:
+            devid = row.devid
+            self._gone.wait_for(lambda: row.devid != devid or self._closed)
+            raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
 
     def _attach(self, port: int, fd: int, devid: int, speed: int) -> None:
         row = self.rows[port]
@@ -144,6 +157,7 @@ class FakeSysfs:
             if row.fd >= 0:
                 os.close(row.fd)
             row.status, row.devid, row.speed, row.sockfd, row.fd = 4, 0, 0, 0, -1
+            self._gone.notify_all()
             self._render()
             if row.device.exists():
                 row.lingering = True

@@ -16,7 +16,7 @@ from usbip_plugin.config.document import MAX_FILE_BYTES, Parsed
 from usbip_plugin.config.parse import parse_config
 from usbip_plugin.config.schema import Config
 from usbip_plugin.errors import ConfigError
-from usbip_plugin.sync import DirectoryWatch
+from usbip_plugin.sync import DirectoryWatch, OwnThreads
 
 DEBOUNCE_S = 0.2
 """Seconds from the first event to the reading: a ConfigMap update and a save in an editor cause several events."""
@@ -123,12 +123,13 @@ class ConfigWatcher(Generic[C]):
 
     async def check(self) -> None:
         """Reads the file, and calls on_config or on_error if it has changed. Cancel-safe."""
+        loop, thread = asyncio.get_running_loop(), OwnThreads("configuration")
         try:
-            data = await asyncio.to_thread(_read, self._path)
+            data = await loop.run_in_executor(thread, _read, self._path)
             digest = hashlib.sha256(data).digest()
             if digest == self._digest and self._error is None:
                 return
-            loaded = await asyncio.to_thread(_parse, self._path, data, self._parse)
+            loaded = await loop.run_in_executor(thread, _parse, self._path, data, self._parse)
         except ConfigError as error:
             if str(error) != self._error:
                 self._error = str(error)

@@ -180,20 +180,20 @@ class SysfsHost:
             raise BindFailed(busid, f"{use}, or take the device out of export")
         table = self._stub / "match_busid"
         try:
-            await self._write(table, f"add {busid}")
+            await self._write(busid, table, f"add {busid}")
         except OSError as error:
             raise self._failed(busid, error) from error
         try:
             if driver:
-                await self._write(self._bus / "drivers" / driver / "unbind", busid)
-            await self._write(self._stub / "bind", busid)
+                await self._write(busid, self._bus / "drivers" / driver / "unbind", busid)
+            await self._write(busid, self._stub / "bind", busid)
         except OSError as error:
             if error.errno == errno.ETIMEDOUT:
                 cause = f"driver {driver or STUB} does not release it; stop the programs that use it, or replug it"
                 raise BindFailed(busid, cause, stuck=True) from error
             with contextlib.suppress(OSError):
-                await self._write(table, f"del {busid}")
-                await self._write(self._bus / "drivers_probe", busid)
+                await self._write(busid, table, f"del {busid}")
+                await self._write(busid, self._bus / "drivers_probe", busid)
             raise self._failed(busid, error) from error
 
     def _in_use(self, path: Path) -> str | None:
@@ -202,9 +202,9 @@ class SysfsHost:
 
     async def unbind(self, busid: str) -> None:
         try:
-            await self._write(self._stub / "unbind", busid)
-            await self._write(self._stub / "match_busid", f"del {busid}")
-            await self._write(self._stub / "rebind", busid)
+            await self._write(busid, self._stub / "unbind", busid)
+            await self._write(busid, self._stub / "match_busid", f"del {busid}")
+            await self._write(busid, self._stub / "rebind", busid)
         except OSError as error:
             raise self._failed(busid, error) from error
 
@@ -214,7 +214,7 @@ class SysfsHost:
         path = self._path(busid) / "usbip_sockfd"
         undo = functools.partial(self._end_late, path)
         try:
-            await self._writer.write(path, f"{own}\n", finish=functools.partial(os.close, own), undo=undo)
+            await self._writer.write(path, f"{own}\n", device=busid, finish=functools.partial(os.close, own), undo=undo)
         except OSError as error:
             raise self._failed(busid, error) from error
 
@@ -225,14 +225,14 @@ class SysfsHost:
     async def end(self, busid: str) -> None:
         path = self._path(busid) / "usbip_sockfd"
         try:
-            await self._write(path, "-1\n")
+            await self._write(busid, path, "-1\n")
         except OSError as error:
             # EINVAL: no connection has it. The others: it is not bound, or unplugged.
             if error.errno not in (errno.EINVAL, errno.ENOENT, errno.ENODEV):
                 raise self._failed(busid, error) from error
 
-    async def _write(self, path: Path, value: str) -> None:
-        await self._writer.write(path, value)
+    async def _write(self, busid: str, path: Path, value: str) -> None:
+        await self._writer.write(path, value, device=busid)
 
     def _failed(self, busid: str, error: OSError) -> HostError:
         match error.errno:

@@ -14,9 +14,7 @@ import errno
 import logging
 import socket
 import struct
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -25,6 +23,7 @@ from aiohappyeyeballs.types import AddrInfoType
 
 from usbip_plugin.errors import ServerUnreachable, SourceClosing, SourceNotLocal
 from usbip_plugin.model import Endpoint, ServerKey
+from usbip_plugin.sync import OwnThreads
 
 log = logging.getLogger(__name__)
 
@@ -194,24 +193,11 @@ class Connector:
             )
         lookup = self._lookups.get(server)
         if lookup is None:
-            lookup = self._lookups[server] = asyncio.wrap_future(self._start(server))
+            thread = OwnThreads(f"resolve {server}")
+            lookup = asyncio.get_running_loop().run_in_executor(thread, self._resolve, server)
+            self._lookups[server] = lookup
             lookup.add_done_callback(lambda future: self._resolved(server, future))
         return await asyncio.shield(lookup)
-
-    def _start(self, server: ServerKey) -> Future[Addresses]:
-        """Starts a thread that resolves the server's name."""
-        answer = Future[Addresses]()
-
-        def work() -> None:
-            if not answer.set_running_or_notify_cancel():
-                return
-            try:
-                answer.set_result(self._resolve(server))
-            except ServerUnreachable as error:
-                answer.set_exception(error)
-
-        threading.Thread(target=work, name=f"resolve {server}", daemon=True).start()
-        return answer
 
     def _resolved(self, server: ServerKey, future: asyncio.Future[Addresses]) -> None:
         del self._lookups[server]

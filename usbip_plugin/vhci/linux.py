@@ -9,8 +9,8 @@ import fcntl
 import functools
 import logging
 import os
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -94,7 +94,7 @@ class SysfsVhci:
         self._guard = HubGuard(sysfs, records, write)
         self._blocking_write = write
         self._writer = Writer(clock, write)
-        self._writing = asyncio.Lock()
+        self._writing: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)  # by port: attach or detach under way
         self._cooldown = PortCooldown(clock)
         self._changed = Broadcast()
         self._children = Children(clock, self._changed)
@@ -126,17 +126,17 @@ class SysfsVhci:
 
     async def attach(self, key: DeviceKey, descriptor: Descriptor, fd: int) -> int:
         hub = hub_of(descriptor.speed)
-        async with self._writing:
-            for _ in range(ATTACH_TRIES):
-                ports = self._table.all()
-                port = self._choose(ports, descriptor.speed)
-                if port is None:
-                    raise PortsExhausted(hub, sum(p.hub == hub for p in ports))
+        for _ in range(ATTACH_TRIES):
+            ports = self._table.all()
+            port = self._choose([port for port in ports if not self._writing[port.number].locked()], descriptor.speed)
+            if port is None:
+                raise PortsExhausted(hub, sum(p.hub == hub for p in ports))
+            async with self._writing[port.number]:  # at once
                 if await self._attach_to(port, key, descriptor, fd):
                     return port.number
         raise AttachRefused(f"{key}: other processes took {ATTACH_TRIES} {hub} ports in a row; try again")
 
-    def _choose(self, ports: tuple[Port, ...], speed: int) -> Port | None:
+    def _choose(self, ports: Sequence[Port], speed: int) -> Port | None:
         lingering: set[int] = set()  # free ports whose last device has not left sysfs yet
 
         def penalty(port: Port) -> int:
@@ -165,7 +165,8 @@ class SysfsVhci:
             self._guard.hold(port)
             undo = functools.partial(self._undo_attach, port.number)
             handed_over = True
-            await self._writer.write(self._attach_file, text, finish=functools.partial(os.close, own), undo=undo)
+            close = functools.partial(os.close, own)
+            await self._writer.write(self._attach_file, text, device=port.number, finish=close, undo=undo)
             self._occupants[port.number] = (descriptor.devid, own)
             done = True
         except OSError as error:
@@ -252,7 +253,7 @@ class SysfsVhci:
                 raise HubRefused(key)
             # Write also if the device is authorised already: the write takes the device lock, so when it returns, the
             # kernel has probed the interfaces.
-            await self._writer.write(device / "authorized", "1")
+            await self._writer.write(device / "authorized", "1", device=port)
         except OSError as error:
             stuck = AttachStuck(f"{key} on port {port} could not be authorised: {error.strerror}")
             raise explain(error, device / "authorized", stuck) from error
@@ -301,7 +302,7 @@ class SysfsVhci:
             self._records.remove(port, only=key)
 
     async def _detach(self, number: int, timeout: float) -> None:
-        async with self._writing:
+        async with self._writing[number]:
             before = self._table.one(number)
             if self._foreign(before):
                 return
@@ -326,7 +327,7 @@ class SysfsVhci:
 
     async def _write_detach(self, port: int) -> None:
         try:
-            await self._writer.write(self._detach_file, format_detach(port))
+            await self._writer.write(self._detach_file, format_detach(port), device=port)
         except OSError as error:
             if error.errno != errno.EINVAL:  # EINVAL: the port has become free (NULL) by itself
                 refused = DetachFailed(f"the kernel refused to detach port {port}: {error.strerror}")

@@ -10,6 +10,7 @@ import enum
 import errno
 import os
 import re
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Final, Literal
 
 from usbip_plugin.clock import Clock
 from usbip_plugin.errors import DriverMissing, DriverNotWritable, KernelUnsupported, VhciError
-from usbip_plugin.sync import done_within
+from usbip_plugin.sync import OwnThreads, done_within
 
 Hub = Literal["hs", "ss"]
 
@@ -230,49 +231,72 @@ class PortTable:
 
 
 class Writer:
-    """An asynchronous writer to sysfs that calls write(path, text) in a thread and waits at most WRITE_S."""
+    """An asynchronous writer to sysfs that calls write(path, text) in a thread and waits at most WRITE_S.
+
+    Each file of each device has a thread of its own, so that a detach waits neither for another device nor for this
+    one, which may let a write to `authorized` hang until it is detached.
+    """
 
     def __init__(self, clock: Clock, write: Callable[[Path, str], None]) -> None:
         self._clock = clock
         self._write = write
+        self._under_way: dict[tuple[str, int | str], asyncio.Future[bool]] = {}
 
     async def write(
         self,
         path: Path,
         text: str,
         *,
+        device: int | str,
         finish: Callable[[], None] = lambda: None,
         undo: Callable[[], None] | None = None,
     ) -> None:
-        """Writes text to a sysfs file. A write that has begun cannot be stopped.
+        """Writes text to a sysfs file for a device. A write that has begun cannot be stopped; another does not begin.
 
-        Raises the OSError of the write, or one with ETIMEDOUT if the write has not returned after WRITE_S.
-        finish: called in the thread when the write has ended, whether it succeeded or not.
+        Raises the OSError of the write, or one with ETIMEDOUT if the write has not returned after WRITE_S, which
+        includes the wait for an earlier one to the same file.
+        device: its port number or bus ID. Its writes to files of one name are made one after the other.
+        finish: called once, when the write has ended or will not begin, perhaps in another thread.
         undo: called in the event loop if the write succeeds after a timeout or cancellation. If cancelled, waits up to
         WRITE_S more for a write with an undo, so that it is undone before the cancellation goes on.
         """
+        lane = path.name, device
+        future: asyncio.Future[bool] | None = None
+        begins = threading.Lock()  # taken for good by the thread that writes, or by the caller that gives up before
 
-        def work() -> None:
+        def work() -> bool:
             try:
-                self._write(path, text)
+                if written := begins.acquire(blocking=False):
+                    self._write(path, text)
+                return written
             finally:
                 finish()
 
-        def late(ended: asyncio.Future[None]) -> None:
-            if ended.exception() is None and undo is not None:
+        def ended(_future: object) -> None:
+            del self._under_way[lane]
+
+        def late(future: asyncio.Future[bool]) -> None:
+            if future.exception() is None and future.result() and undo is not None:
                 undo()
 
-        future = asyncio.get_running_loop().run_in_executor(None, work)
         try:
             async with self._clock.timeout(WRITE_S):
+                while (earlier := self._under_way.get(lane)) is not None:
+                    await asyncio.wait([earlier])
+                thread = OwnThreads(f"{path.name} {device}")
+                future = self._under_way[lane] = asyncio.get_running_loop().run_in_executor(thread, work)
+                future.add_done_callback(ended)
                 await asyncio.wait([future])
-        except TimeoutError:
-            future.add_done_callback(late)
-            raise OSError(errno.ETIMEDOUT, f"no answer from the kernel within {WRITE_S:g} s", str(path)) from None
-        except asyncio.CancelledError:
-            future.add_done_callback(late)
-            if undo is not None:
-                await done_within(self._clock, WRITE_S, asyncio.wait([future]))
+        except (TimeoutError, asyncio.CancelledError) as error:
+            begins.acquire(blocking=False)
+            if future is None:
+                finish()
+            else:
+                future.add_done_callback(late)
+                if undo is not None and not isinstance(error, TimeoutError):
+                    await done_within(self._clock, WRITE_S, asyncio.wait([future]))
+            if isinstance(error, TimeoutError):
+                raise OSError(errno.ETIMEDOUT, f"no answer from the kernel within {WRITE_S:g} s", str(path)) from None
             raise
         future.result()
 
