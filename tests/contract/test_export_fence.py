@@ -70,7 +70,7 @@ class Lab(ExporterRig):
         backend, before = self.api.leases[NAMESPACE], self.api.leases[NAMESPACE].leases.get(self.key.id)
         write = Write(NodeIdentity(node, f"boot-of-{node}"), self.clock.now(), "w", 40.0)
         free, meta = replace(before, holder="") if before else None, LockMeta("0951:1666", import_from=source)
-        taken = decide_acquire(free, self.key, meta, write, None, importable=False).lease
+        taken = decide_acquire(free, self.key, meta, write, None, importable=True).lease
         assert taken is not None
         backend.replace(taken) if before else backend.create(taken)
 

@@ -113,7 +113,7 @@ class Rig:
         write = Write(NodeIdentity(node, f"boot of {node}"), self.clock.now(), "mark", 40.0)
         before = self.backend.leases.get(key.id)
         free, meta = replace(before, holder="") if before else None, LockMeta(import_from=origin)
-        taken = decide_acquire(free, key, meta, write, None, importable=False).lease
+        taken = decide_acquire(free, key, meta, write, None, importable=True).lease
         assert taken is not None
         self.backend.replace(taken) if before else self.backend.create(taken)
 
