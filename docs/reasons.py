@@ -52,6 +52,7 @@ ALLOCATES: Mapping[str, str] = {
     "attach_refused": "see `dmesg` of the node",
     "attach_stuck": "see `dmesg` of node and server; power-cycle the device. If it is slow, raise `allocateTimeout`",
     "hub": "select the devices behind the hub",
+    "interfaces": "see [allowClasses](configuration.md#which-interfaces)",
     "nodes_missing": "load its driver, or change `children` or `childrenTimeout`",
     "detach_failed": "see `dmesg` of the node; a process may hold the device open",
     "record_not_writable": "as the error says: disk full, read-only, not mounted",

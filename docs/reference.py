@@ -211,6 +211,12 @@ def keys() -> tuple[Key, ...]:
             "forbids opening the nodes for writing, to root as well",
         ),
         Key(
+            "resources.NAME.allowClasses",
+            "list of classes, as in `selector.class`",
+            "see [below](#which-interfaces)",
+            "classes that every interface of a device must have",
+        ),
+        Key(
             "resources.NAME.onLoss",
             f"one of {_one_of(tuple(choice.value for choice in OnLoss))}",
             _default(ResourceConfig, "on_loss"),

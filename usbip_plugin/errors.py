@@ -5,7 +5,7 @@ PluginError (in parentheses: subclasses)
   UsbipError: ServerUnreachable, ServerTimeout, MalformedReply, ImportRefused (DeviceBusy, DeviceUnknown), WrongDevice,
     WrongSerial
   VhciError: DriverMissing (KernelUnsupported, SimulatedKernelMissing), DriverNotWritable, RecordNotWritable,
-    PortsExhausted, AttachRefused, AttachStuck, HubRefused, NodesMissing, DetachFailed
+    PortsExhausted, AttachRefused, AttachStuck, HubRefused, InterfacesRefused, NodesMissing, DetachFailed
   HostError: StubMissing, StubNotWritable, BindFailed
   ListenFailed
   CdiError
@@ -224,6 +224,10 @@ class HubRefused(VhciError):
 
     def __init__(self, key: DeviceKey) -> None:
         super().__init__(f"{key} is a USB hub, and USB/IP cannot carry hubs; select the devices behind the hub")
+
+
+class InterfacesRefused(VhciError):
+    """The device has interfaces that its resource does not allow. It was detached and never authorised."""
 
 
 class NodesMissing(VhciError):

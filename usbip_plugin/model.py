@@ -8,7 +8,7 @@ import functools
 import hashlib
 import ipaddress
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -128,6 +128,58 @@ class InterfaceClass:
     class_: int
     subclass: int
     protocol: int
+
+
+HID_CLASS = 0x03
+_NETWORK_SUBCLASSES = frozenset({0x06, 0x0A, 0x0C, 0x0D, 0x0E})  # of COMM_CLASS: ECM, MDLM, EEM, NCM, MBIM
+
+
+def to_node(interface: InterfaceClass) -> str:
+    """Returns as what the node itself would use an interface: "keyboard", "mouse" or "network interface"; else ""."""
+    match interface.class_, interface.subclass, interface.protocol:
+        case (0x03, 0x01, 0x01):
+            return "keyboard"
+        case (0x03, 0x01, 0x02):
+            return "mouse"
+        case (0x02, subclass, _) if subclass in _NETWORK_SUBCLASSES:
+            return "network interface"
+        case (0x02, 0x02, 0xFF) | (0xE0, 0x01, 0x03) | (0xEF, 0x04, _):  # RNDIS in its three forms
+            return "network interface"
+    return ""
+
+
+@dataclass(frozen=True, slots=True)
+class InterfaceRules:
+    """Which device may be authorised on a node, by its interfaces and all their alternate settings.
+
+    selected: class codes; the device or an interface must have one of them. Empty for any.
+    allowed: class codes that every interface must have; None for any except keyboards, mice and network interfaces.
+    asked: class codes whose keyboards, mice and network interfaces are allowed nevertheless if `allowed` is None.
+    """
+
+    selected: tuple[int, ...] = ()
+    allowed: tuple[int, ...] | None = None
+    asked: tuple[int, ...] = ()
+
+    def problem(self, device_class: int, interfaces: Iterable[InterfaceClass]) -> str | None:
+        """Returns why a device with these interfaces must not be authorised and what to do about it, or None."""
+        found = frozenset(interfaces)
+        classes = {device_class, *(interface.class_ for interface in found)}
+        if self.selected and classes.isdisjoint(self.selected):
+            wanted = " or ".join(f"{class_:02x}" for class_ in self.selected)
+            return f"has no interface of class {wanted}, as its selector names: its server listed something else"
+        for one in sorted(found):
+            if not self._allows(one):
+                what = f"a {kind}" if (kind := to_node(one)) else "an interface"
+                code = f"{one.class_:02x}/{one.subclass:02x}/{one.protocol:02x}"
+                cure = "if the node may have it, list the classes of all its interfaces in allowClasses"
+                return f"has {what} ({code}) that its resource does not allow; {cure}"
+        return None
+
+    def _allows(self, interface: InterfaceClass) -> bool:
+        if self.allowed is not None:
+            return interface.class_ in self.allowed
+        return interface.class_ in self.asked or not to_node(interface)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from tests.rigs.vhci_contract import attached, state
-from tests.rigs.vhci_fake_sysfs import add_interface, add_node
+from tests.rigs.vhci_fake_sysfs import PER_HUB, add_interface, add_node
 from tests.rigs.vhci_rigs import SERVER, SUPER, TWINS, Connection, FakeSysfsRig
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.config.parse import parse_config
@@ -30,6 +30,7 @@ from usbip_plugin.errors import (
     DriverMissing,
     DriverNotWritable,
     HubRefused,
+    InterfacesRefused,
     KernelUnsupported,
     PortsExhausted,
     RecordNotWritable,
@@ -387,10 +388,48 @@ class TestEnumeration:
         await asyncio.sleep(0)  # its run() has started
         assert default.read_text() == "1\n"
 
-    async def test_a_hub_that_cannot_be_guarded_does_not_fail_the_attach(self, rig: FakeSysfsRig) -> None:
-        rig.sysfs.refuse["authorized_default"] = [errno.EROFS]
-        attachment = await attached(rig.plugin(), await rig.import_twin(0))
-        assert attachment.nodes
+    @pytest.mark.parametrize(("code", "error"), [(errno.EROFS, DriverNotWritable), (errno.EIO, AttachRefused)])
+    async def test_nothing_is_attached_to_a_hub_that_cannot_be_closed(
+        self, rig: FakeSysfsRig, code: int, error: type[VhciError]
+    ) -> None:
+        rig.sysfs.refuse["authorized_default"] = [code]
+        with pytest.raises(error, match=r"authoris|authorized_default"):
+            await attach(rig, rig.plugin())
+        assert not [path for path, _ in rig.sysfs.written if path.endswith("/attach")]
+        assert records(rig) == {}
+        assert await rig.is_free_on_server(KEYS[0]), "no copy of the socket is left open"
+
+    async def test_nothing_is_attached_where_the_hub_is_not_in_sysfs(self, rig: FakeSysfsRig) -> None:
+        (rig.sysfs.hub_dir(0) / "speed").unlink()
+        (rig.sysfs.hub_dir(2 * PER_HUB) / "speed").unlink()
+        with pytest.raises(AttachRefused, match="root hub"):
+            await attach(rig, rig.plugin())
+        assert not [path for path, _ in rig.sysfs.written if path.endswith("/attach")]
+
+    async def test_the_hub_stays_closed_until_the_device_has_been_checked_and_authorised(
+        self, rig: FakeSysfsRig
+    ) -> None:
+        default = rig.sysfs.hub_dir(0) / "authorized_default"
+        write, during = rig.sysfs.write, list[str]()
+
+        def note(path: Path, text: str) -> None:
+            if path.name == "authorized":
+                during.append(default.read_text())
+            write(path, text)
+
+        rig.sysfs.write = note  # type: ignore[method-assign]
+        await attached(rig.plugin(), await rig.import_twin(0))
+        assert during == ["0\n"]
+        assert default.read_text() == "1\n"
+
+    async def test_a_refused_device_leaves_the_hub_as_it_was(self, rig: FakeSysfsRig) -> None:
+        driver = rig.plugin()
+        imported = await rig.import_keyboard()
+        port = await attach_import(driver, imported)
+        with pytest.raises(InterfacesRefused, match=r"has a keyboard \(03/01/01\).*allowClasses"):
+            await driver.enumerate(imported.key, imported.descriptor, port, timeout=LIMIT_S)
+        assert not [path for path, _text in rig.sysfs.written if path.endswith("/authorized")]
+        assert (rig.sysfs.hub_dir(port) / "authorized_default").read_text() == "1\n"
 
     @pytest.mark.parametrize(("code", "error"), [(errno.EPROTO, AttachStuck), (errno.EROFS, DriverNotWritable)])
     async def test_a_device_that_cannot_be_authorised_is_detached(

@@ -37,6 +37,7 @@ FULL = """resources:
     byId: true
     permissions: {mode: "0660", group: 20}
     readOnly: true
+    allowClasses: [comm, hid, "0a"]
   again: {devices: *modems}
 lock: {duration: 1m30s}
 allocateTimeout: 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -140,7 +141,8 @@ def hub_files(data: bytes, directory: Path) -> None:
     for kind in ("hs", "ss"):
         port = sysfs.Port(0, "ss" if kind == "ss" else "hs", sysfs.PortStatus.NULL, root_port=1)
         sysfs.device_dir(directory, port)
-        guard.hold(port)
+        with contextlib.suppress(OSError):
+            guard.hold(port)
         guard.release(0)
     assert set(written) <= {"-1", "0", "1", "2"}
 

@@ -91,7 +91,8 @@ def test_a_hub_with_an_unreadable_state_is_not_written(tmp_path: Path, value: by
     (tmp_path / "run").mkdir()
     written: list[str] = []
     guard = HubGuard(tmp_path, tmp_path / "run", lambda _path, text: written.append(text))
-    guard.hold(sysfs.Port(0, "hs", sysfs.PortStatus.NULL, root_port=1))
+    with pytest.raises(OSError, match="authorized_default"):
+        guard.hold(sysfs.Port(0, "hs", sysfs.PortStatus.NULL, root_port=1))
     guard.release(0)
     assert written == []
 

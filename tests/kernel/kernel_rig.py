@@ -98,6 +98,9 @@ class KernelRig:
     async def import_super(self) -> Connection:
         return await self.import_serial(DISK_SUPER)
 
+    async def import_keyboard(self) -> Connection:
+        return await self.import_serial(KEYBOARD)
+
     async def import_stuck(self) -> Connection:
         near, far = socket.socketpair()
         self._silent.append(near)

@@ -41,7 +41,7 @@ from tests.rigs.usbipd import RealUsbipd, eventually
 from usbip_plugin.attach.events import EventKind
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.locks.record import lock_of
-from usbip_plugin.model import DeviceKey, Reason, UsbId
+from usbip_plugin.model import HID_CLASS, DeviceKey, Reason, UsbId
 
 GADGET = "gadget"
 AUDIO = "AUDIO"
@@ -57,12 +57,36 @@ def select(usbipd: RealUsbipd, serial: str, **keys: object) -> tuple[Config, Dev
     return Config((replace(found, **keys),)), DeviceKey(usbipd.key, busid)  # type: ignore[arg-type]
 
 
+def imported_interfaces() -> list[str]:
+    """Returns the interfaces of attached devices, without those of vhci's root hubs."""
+    platform = Path("/sys/devices/platform")
+    return [path.name for path in platform.glob("vhci_hcd.*/usb*/*/*:*") if "-0:" not in path.name]
+
+
 @pytest.fixture
 def without_ftdi(rig: KernelRig) -> Iterator[None]:
     """Unloads the driver of the converters, whose devices all belong to usbip-host."""
     subprocess.run(["rmmod", "ftdi_sio"], check=True)
     yield
     rig.usbipd.load_modules(("ftdi_sio",))
+
+
+@pytest.mark.parametrize("pretender", ["hid", "ecm"])
+async def test_a_converter_that_is_a_keyboard_or_network_adapter_as_well_is_never_authorised(
+    rig: KernelRig, pretender: str
+) -> None:
+    usbipd = rig.usbipd
+    usbipd.load_modules(CLIENT_DRIVERS)
+    with gadget(usbipd, "PRETENDER", "acm", pretender) as device:
+        device.plug()
+        config, key = select(usbipd, "PRETENDER", children=("tty",))
+        async with agent_with(config, key) as world:
+            node = on(world)
+            failure = await refusal(node, GADGET, key)
+            assert "that its resource does not allow" in failure
+            assert "allowClasses" in failure
+            assert not busy_rows()
+            assert not imported_interfaces()
 
 
 async def test_a_device_of_many_functions_brings_all_its_nodes_with_the_first_answer(rig: KernelRig) -> None:
@@ -77,6 +101,7 @@ async def test_a_device_of_many_functions_brings_all_its_nodes_with_the_first_an
             children_timeout=60.0,
             by_id=True,
             container_paths=("/dev/many-{kind}-{number}",),
+            allow_classes=(0x02, HID_CLASS, 0x07, 0x0A),  # its network interface too
         )
         async with agent_with(replace(config, allocate_timeout=120.0), key, events=events) as world:
             node = on(world)

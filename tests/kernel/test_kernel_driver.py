@@ -27,7 +27,17 @@ from tests.rigs.agent_rig import arrives
 from tests.rigs.usbipd import RealUsbipd, eventually
 from tests.rigs.vhci_contract import VhciContract, attached, state
 from usbip_plugin.errors import AttachStuck, DeviceBusy, HubRefused, WrongDevice, WrongSerial
-from usbip_plugin.model import HUB_CLASS, Attachment, DeviceKey, DeviceNode, InterfaceClass, UsbId
+from usbip_plugin.model import (
+    HID_CLASS,
+    HUB_CLASS,
+    Attachment,
+    DeviceKey,
+    DeviceNode,
+    InterfaceClass,
+    InterfaceRules,
+    UsbId,
+)
+from usbip_plugin.vhci.driver import DEFAULT_RULES
 from usbip_plugin.vhci.linux import SysfsVhci
 from usbip_plugin.vhci.sysfs import SPEED_SUPER, SPEED_SUPER_PLUS, PortStatus
 from usbip_plugin.vhci.uevents import NetlinkUevents, Uevent
@@ -46,12 +56,17 @@ class TestContract(VhciContract):
 
 
 async def attached_whole(
-    driver: SysfsVhci, imported: Connection, children: tuple[str, ...] | None = None
+    driver: SysfsVhci,
+    imported: Connection,
+    children: tuple[str, ...] | None = None,
+    rules: InterfaceRules = DEFAULT_RULES,
 ) -> Attachment:
     """Attaches a device and waits for its children."""
     port = await driver.attach(imported.key, imported.descriptor, imported.fileno())
     imported.close()
-    return await driver.enumerate(imported.key, imported.descriptor, port, children=children, timeout=LIMIT_S)
+    return await driver.enumerate(
+        imported.key, imported.descriptor, port, children=children, rules=rules, timeout=LIMIT_S
+    )
 
 
 def child(attachment: Attachment, kind: str) -> DeviceNode:
@@ -124,7 +139,8 @@ class TestDevices:
         assert backing.read_bytes()[4096:4608] == written
 
     async def test_a_keyboard_brings_its_nodes(self, rig: KernelRig) -> None:
-        attachment = await attached_whole(rig.plugin(), await rig.import_serial(KEYBOARD))
+        rules = InterfaceRules(asked=(HID_CLASS,))
+        attachment = await attached_whole(rig.plugin(), await rig.import_serial(KEYBOARD), rules=rules)
         assert {"hidraw", "input"} <= {node.kind for node in attachment.nodes}
         for node in attachment.nodes:
             assert_is_there(node)

@@ -8,8 +8,8 @@ from typing import Protocol
 
 import pytest
 
-from usbip_plugin.errors import AttachStuck, PortsExhausted, WrongDevice
-from usbip_plugin.model import Attachment, Descriptor, DeviceKey, UsbId
+from usbip_plugin.errors import AttachStuck, InterfacesRefused, PortsExhausted, WrongDevice
+from usbip_plugin.model import HID_CLASS, Attachment, Descriptor, DeviceKey, InterfaceRules, UsbId
 from usbip_plugin.vhci.driver import PortState, VhciDriver
 from usbip_plugin.vhci.sysfs import PortStatus
 
@@ -28,7 +28,7 @@ class Imported(Protocol):
 
 
 class Rig(Protocol):
-    """A kernel, and a server with a SuperSpeed device and two identical devices of high or full speed."""
+    """A kernel, and a server with a SuperSpeed device, two identical devices of high or full speed and a keyboard."""
 
     def plugin(self) -> VhciDriver:
         """Returns the driver of a new plugin process on this node. Its run() is running."""
@@ -39,6 +39,7 @@ class Rig(Protocol):
         ...
 
     async def import_super(self) -> Imported: ...
+    async def import_keyboard(self) -> Imported: ...
     async def import_stuck(self) -> Imported:
         """Returns a connection that never answers."""
         ...
@@ -175,6 +176,21 @@ class VhciContract:
         assert (raised.value.expected, raised.value.found) == (expected.usb_id, imported.descriptor.usb_id)
         assert (await state(driver, port)).status is PortStatus.NULL
         assert await rig.is_free_on_server(imported.key)
+
+    @pytest.mark.short
+    async def test_a_keyboard_is_detached_unless_its_resource_allows_one(self, rig: Rig) -> None:
+        driver = rig.plugin()
+        for rules in (InterfaceRules(), InterfaceRules(allowed=(0xFF,)), InterfaceRules(selected=(0x08,), asked=(3,))):
+            imported = await rig.import_keyboard()
+            port = await begin_attach(driver, imported)
+            with pytest.raises(InterfacesRefused, match=r"has a keyboard|has no interface of class 08"):
+                await driver.enumerate(imported.key, imported.descriptor, port, rules=rules, timeout=LIMIT_S)
+            assert (await state(driver, port)).status is PortStatus.NULL
+        for rules in (InterfaceRules(asked=(HID_CLASS,)), InterfaceRules(allowed=(HID_CLASS,))):
+            imported = await rig.import_keyboard()
+            port = await begin_attach(driver, imported)
+            assert await driver.enumerate(imported.key, imported.descriptor, port, rules=rules, timeout=LIMIT_S)
+            await driver.detach(port, timeout=LIMIT_S)
 
     async def test_a_silent_device_is_stuck_and_its_port_freed(self, rig: Rig) -> None:
         driver, imported = rig.plugin(), await rig.import_stuck()

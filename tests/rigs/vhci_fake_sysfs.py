@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from usbip_plugin.model import Descriptor, UsbId
+from usbip_plugin.model import Descriptor, InterfaceClass, UsbId
 from usbip_plugin.vhci.sysfs import hub_of
 from usbip_plugin.vhci.uevents import Uevent
 
@@ -178,8 +178,7 @@ class FakeSysfs:
         row.status = 6
         authorized = (self.hub_dir(row.number) / "authorized_default").read_text()
         add_device(row.device, descriptor.usb_id, int(bus), devnum, authorized, self.serials.get(row.devid))
-        classes = [interface.class_ for interface in descriptor.interfaces]
-        (row.device / "descriptors").write_bytes(raw_descriptors(descriptor.device_class, classes))
+        (row.device / "descriptors").write_bytes(raw_descriptors(descriptor.device_class, descriptor.interfaces))
         self._uevent("add", row.device)
 
     def enumerate_anew(self, port: int, usb_id: UsbId) -> None:
@@ -229,12 +228,12 @@ def add_device(device: Path, usb_id: UsbId, bus: int, devnum: int, authorized: s
         (device / name).write_text(text + "\n")
 
 
-def raw_descriptors(device_class: int, interface_classes: Iterable[int]) -> bytes:
+def raw_descriptors(device_class: int, interfaces: Iterable[InterfaceClass]) -> bytes:
     """Returns a device descriptor and a configuration with these interfaces, each with an endpoint."""
     device = bytes([18, 1, 0, 2, device_class]).ljust(18, b"\0")
     parts = [
-        bytes([9, 4, number, 0, 1, code, 0, 0, 0]) + bytes([7, 5, 0x81, 2, 0, 2, 0])
-        for number, code in enumerate(interface_classes)
+        bytes([9, 4, number, 0, 1, i.class_, i.subclass, i.protocol, 0]) + bytes([7, 5, 0x81, 2, 0, 2, 0])
+        for number, i in enumerate(interfaces)
     ]
     body = b"".join(parts)
     return device + struct.pack("<BBHBBBBB", 9, 2, 9 + len(body), len(parts), 1, 0, 0x80, 50) + body

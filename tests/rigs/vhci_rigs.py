@@ -6,13 +6,13 @@ import asyncio
 import random
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tests.rigs.vhci_contract import Imported
 from tests.rigs.vhci_fake_sysfs import FakeSysfs
 from usbip_plugin.clock import Clock, SystemClock
-from usbip_plugin.model import Descriptor, DeviceKey, ServerKey, UsbId
+from usbip_plugin.model import HID_CLASS, Descriptor, DeviceKey, InterfaceClass, ServerKey, UsbId
 from usbip_plugin.vhci.driver import VhciDriver
 from usbip_plugin.vhci.linux import SysfsVhci
 from usbip_plugin.vhci.uevents import Uevent
@@ -33,8 +33,9 @@ def descriptor(busid: str, devnum: int, speed: int, usb_id: UsbId = STICK) -> De
 
 TWINS = (descriptor("1-1", 2, 2), descriptor("1-2", 3, 2))
 SUPER = descriptor("2-1", 4, 5, UsbId(0x46F4, 1))
+KEYBOARD = replace(descriptor("1-3", 5, 1, UsbId(0x046D, 0xC31C)), interfaces=(InterfaceClass(HID_CLASS, 1, 1),))
 STUCK = descriptor("1-9", 9, 3)
-DEVICES = {one.devid: one for one in (*TWINS, SUPER, STUCK)}
+DEVICES = {one.devid: one for one in (*TWINS, SUPER, KEYBOARD, STUCK)}
 
 
 @dataclass
@@ -65,6 +66,8 @@ class SocketServer:
         for end in (ours, theirs):
             end.setblocking(False)
         key = DeviceKey(SERVER, device.busid)
+        if key in self.ends:
+            self.ends[key].close()
         self.ends[key] = ours
         return Connection(key, device, theirs, ours.close, lambda: self.free(key))
 
@@ -110,6 +113,9 @@ class BaseRig:
 
     async def import_super(self) -> Connection:
         return self.server.connect(SUPER)
+
+    async def import_keyboard(self) -> Connection:
+        return self.server.connect(KEYBOARD)
 
     async def is_free_on_server(self, key: DeviceKey) -> bool:
         return self.server.free(key)

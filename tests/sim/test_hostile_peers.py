@@ -17,7 +17,7 @@ import pytest
 from tests.rigs.vocabulary import KEY, descriptor
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.errors import VhciError
-from usbip_plugin.model import UsbId
+from usbip_plugin.model import InterfaceRules, UsbId
 from usbip_plugin.usbip import wire as usbip_wire
 from usbip_plugin.usbip.wire import ProtocolViolation
 from usbip_sim.kernel import wire
@@ -72,7 +72,7 @@ async def test_the_simulated_kernel_serves_the_next_driver_after_a_malformed_mes
 
 @pytest.mark.parametrize("children", [("../etc/x",), ("a/b",), ("",), ("tty",) * 33], ids=ascii)
 def test_the_simulated_kernel_makes_no_nodes_outside_its_directory(children: tuple[str, ...]) -> None:
-    request = wire.Enumerate(KEY, descriptor(KEY.busid), 0, (), 1.0, 1.0)
+    request = wire.Enumerate(KEY, descriptor(KEY.busid), 0, (), 1.0, InterfaceRules(), 1.0)
     encoded = {**msgspec.to_builtins(request), "children": children}
     with pytest.raises(ValueError, match="children must be at most 32 names"):
         wire.read(encoded, wire.Request)

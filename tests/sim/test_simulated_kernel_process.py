@@ -18,7 +18,7 @@ import pytest
 from tests.rigs.vhci_contract import attached
 from tests.rigs.vhci_rigs import SERVER, RemoteRig
 from usbip_plugin.errors import AttachRefused, SimulatedKernelMissing, WrongDevice
-from usbip_plugin.model import Attachment, DeviceKey, DeviceNode, UsbId
+from usbip_plugin.model import HID_CLASS, Attachment, DeviceKey, DeviceNode, InterfaceRules, UsbId
 from usbip_plugin.usbip.client import TcpUsbipClient
 from usbip_plugin.vhci.sysfs import PortStatus
 from usbip_sim.kernel.channel import MAX_MESSAGE
@@ -266,7 +266,8 @@ class ReadingRig(RemoteRig):
         imported = await self.client.import_device(DeviceKey(self.virtual.key, busid), timeout=LIMIT_S)
         with contextlib.closing(imported):
             port = await driver.attach(imported.key, imported.descriptor, imported.sock.fileno())
-        return await driver.enumerate(imported.key, imported.descriptor, port, timeout=LIMIT_S)
+        rules = InterfaceRules(asked=(HID_CLASS,))
+        return await driver.enumerate(imported.key, imported.descriptor, port, rules=rules, timeout=LIMIT_S)
 
     async def ended(self) -> None:
         self.close()

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from usbip_plugin.model import Endpoint
+from usbip_plugin.model import Endpoint, InterfaceClass, InterfaceRules
 
 endpoints = st.builds(
     Endpoint,
@@ -37,3 +37,36 @@ def test_an_endpoint_is_what_the_other_side_sees() -> None:
     assert Endpoint.of(("::ffff:10.0.0.5", 40123, 0, 0)) == Endpoint("10.0.0.5", 40123), "a dual-stack listener"
     assert Endpoint.of(("fe80::1%eth0", 40123, 0, 2)) == Endpoint("fe80::1", 40123)
     assert str(Endpoint.parse("[FD00:0::5]:7")) == "[fd00::5]:7", "one text for each endpoint"
+
+
+SERIAL, KEYBOARD, MOUSE = InterfaceClass(0xFF, 0, 0), InterfaceClass(3, 1, 1), InterfaceClass(3, 1, 2)
+SENSOR, ETHERNET, MODEM, RNDIS = (InterfaceClass(*codes) for codes in ((3, 0, 0), (2, 6, 0), (2, 2, 1), (0xE0, 1, 3)))
+DEFAULT, HID_ASKED, HID_ALLOWED = InterfaceRules(), InterfaceRules(asked=(3,)), InterfaceRules(allowed=(3,))
+
+
+@pytest.mark.parametrize(
+    ("rules", "interfaces", "problem"),
+    [
+        (DEFAULT, [], None),
+        (DEFAULT, [SERIAL, SENSOR, MODEM], None),
+        (DEFAULT, [SERIAL, KEYBOARD], "has a keyboard (03/01/01) that its resource does not allow"),
+        (DEFAULT, [MOUSE], "has a mouse (03/01/02)"),
+        (DEFAULT, [SERIAL, ETHERNET], "has a network interface (02/06/00)"),
+        (DEFAULT, [RNDIS], "has a network interface (e0/01/03)"),
+        (DEFAULT, [InterfaceClass(2, 2, 0xFF)], "has a network interface (02/02/ff)"),
+        (DEFAULT, [InterfaceClass(0xEF, 4, 1)], "has a network interface (ef/04/01)"),
+        (HID_ASKED, [SERIAL, KEYBOARD, MOUSE], None),
+        (HID_ASKED, [KEYBOARD, ETHERNET], "has a network interface"),
+        (HID_ALLOWED, [KEYBOARD, SENSOR], None),
+        (HID_ALLOWED, [KEYBOARD, SERIAL], "has an interface (ff/00/00)"),
+        (InterfaceRules(allowed=(0xFF,), asked=(3,)), [SERIAL, KEYBOARD], "has a keyboard"),
+        (InterfaceRules(selected=(3, 8), asked=(3, 8)), [KEYBOARD], None),
+        (InterfaceRules(selected=(0xEF,)), [SERIAL], None),
+        (InterfaceRules(selected=(8,)), [SERIAL], "has no interface of class 08, as its selector names"),
+    ],
+)
+def test_rules_name_the_first_interface_that_a_device_must_not_have(
+    rules: InterfaceRules, interfaces: list[InterfaceClass], problem: str | None
+) -> None:
+    found = rules.problem(0xEF, interfaces)
+    assert found is None if problem is None else found is not None and found.startswith(problem)

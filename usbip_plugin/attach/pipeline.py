@@ -23,7 +23,7 @@ from usbip_plugin.attach.tasks import DeviceTasks
 from usbip_plugin.claims import Claim, ClaimEvent, ClaimState, Resources
 from usbip_plugin.clock import Clock, Jitter
 from usbip_plugin.config.schema import ResourceConfig
-from usbip_plugin.config.selectors import may_select, selector_for
+from usbip_plugin.config.selectors import allowed_interfaces, may_select, selector_for
 from usbip_plugin.context import NodeContext
 from usbip_plugin.errors import (
     AttachStuck,
@@ -40,7 +40,7 @@ from usbip_plugin.errors import (
 from usbip_plugin.locks.manager import Grant, LockManager
 from usbip_plugin.locks.protocol import LockMeta
 from usbip_plugin.locks.watch import LockChange
-from usbip_plugin.model import Attachment, Descriptor, DeviceKey, Endpoint, Identity, ServerKey
+from usbip_plugin.model import Attachment, Descriptor, DeviceKey, Endpoint, Identity, InterfaceRules, ServerKey
 from usbip_plugin.observe.spans import device_attributes, span
 from usbip_plugin.observe.tracing import span_context_from
 from usbip_plugin.usbip.client import Imported, UsbipClient
@@ -76,6 +76,12 @@ def with_usb_id(claim: Claim, resource: ResourceConfig, descriptor: Descriptor) 
     if entry is None:
         return None
     return replace(claim, usb_id=descriptor.usb_id, serial=entry.selector.serial)
+
+
+def interface_rules(resource: ResourceConfig, claim: Claim, descriptor: Descriptor) -> InterfaceRules:
+    """Returns which interfaces the resource allows the claim's device. descriptor: as imported, perhaps elsewhere."""
+    offered = replace(descriptor, busid=claim.key.busid)
+    return allowed_interfaces(resource, claim.key, offered, Identity(serial=claim.serial))
 
 
 BUSY_ATTEMPTS = 4
@@ -454,6 +460,7 @@ class Pipeline:
                     children=claim.children,
                     children_timeout=claim.children_timeout,
                     serial=claim.serial,
+                    rules=interface_rules(self._resources.resource_of(claim), claim, descriptor),
                     timeout=timeout,
                 )
         except AttachStuck:

@@ -34,7 +34,7 @@ EVICT_AFTER_NEEDS_EVICT = "needs onLoss: evict in the same resource, because oth
 
 _FLAGS = ("domain", "plugin-directory", "pod-resources-socket", "log-level", "listen")
 TOP_KEYS = ("resources", "lock", "allocateTimeout", "publishNodeStatus", *_FLAGS)
-_CONTAINER_KEYS = ("children", "childrenTimeout", "containerPath", "byId", "permissions", "readOnly")
+_CONTAINER_KEYS = ("children", "childrenTimeout", "containerPath", "byId", "permissions", "readOnly", "allowClasses")
 RESOURCE_KEYS = ("devices", *_CONTAINER_KEYS, "onLoss", "evictAfter", "cdi")
 PERMISSION_KEYS = ("mode", "user", "group")
 LOCK_KEYS = ("duration",)
@@ -187,6 +187,7 @@ def _resource(
         by_id=fields.read("byId", problems, scalars.boolean, False),
         permissions=fields.read("permissions", problems, _permissions, None),
         read_only=fields.read("readOnly", problems, scalars.boolean, False),
+        allow_classes=fields.read("allowClasses", problems, _classes, None),
     )
     if "childrenTimeout" in fields and "children" not in fields:
         problems.warn(
@@ -241,6 +242,18 @@ def _children(node: Node, problems: Problems) -> tuple[str, ...] | None:
             if (meant := _meant(kind)) != kind:
                 problems.warn(item, f"{kind} is not a well-known kind of device nodes; did you mean {meant}?")
     return tuple(kinds)
+
+
+def _classes(node: Node, problems: Problems) -> tuple[int, ...] | None:
+    """Reads a list of USB classes, and returns them sorted."""
+    if not node.is_sequence or not (items := list(node.items())):
+        problems.error(node, f"expected a list of USB classes, such as [hid, vendor], got {node.describe()}")
+        return None
+    if len(items) > schema.MAX_SELECTOR_VALUES:
+        problems.error(node, f"expected at most {schema.MAX_SELECTOR_VALUES} classes")
+        return None
+    codes = (scalars.class_code(item, problems) for item in items)
+    return tuple(sorted({code for code in codes if code is not None}))
 
 
 def _meant(kind: str) -> str:

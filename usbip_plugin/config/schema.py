@@ -245,6 +245,7 @@ class ResourceConfig:
     by_id: whether the nodes also appear under the names that udev gives them.
     permissions: mode and owner of the nodes. Needs cdi.
     read_only: whether the nodes can be opened for reading only.
+    allow_classes: class codes that each interface of a device must have; None for the default of InterfaceRules.
     """
 
     name: str
@@ -258,6 +259,7 @@ class ResourceConfig:
     by_id: bool = False
     permissions: NodePermissions | None = None
     read_only: bool = False
+    allow_classes: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

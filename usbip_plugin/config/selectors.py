@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import fnmatch
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -19,7 +20,17 @@ from usbip_plugin.config.schema import (
     Selector,
     several,
 )
-from usbip_plugin.model import DEFAULT_USBIP_PORT, UNKNOWN_IDENTITY, Descriptor, DeviceKey, Identity, ServerKey, UsbId
+from usbip_plugin.model import (
+    DEFAULT_USBIP_PORT,
+    HID_CLASS,
+    UNKNOWN_IDENTITY,
+    Descriptor,
+    DeviceKey,
+    Identity,
+    InterfaceRules,
+    ServerKey,
+    UsbId,
+)
 
 _GLOB_CHARACTERS = frozenset("*?[")
 
@@ -80,6 +91,28 @@ def may_select(resource: ResourceConfig, key: DeviceKey, descriptor: Descriptor,
         entry.target == key.server and matches(entry.selector, descriptor, identity) is not Match.NO
         for entry in resource.devices
     )
+
+
+_CLASS_OF_KIND = {"hidraw": HID_CLASS, "input": HID_CLASS}
+
+
+def allowed_interfaces(
+    resource: ResourceConfig, key: DeviceKey, descriptor: Descriptor, identity: Identity
+) -> InterfaceRules:
+    """Returns which interfaces the device may have, by the classes that the resource selects, allows and asks for.
+
+    A class is required if each selector that matches all else of the device names one.
+    """
+    classes = [
+        entry.selector.class_
+        for entry in resource.devices
+        if entry.target == key.server
+        and matches(replace(entry.selector, class_=None), descriptor, identity) is Match.YES
+    ]
+    named = {class_ for class_ in classes if class_ is not None}
+    by_kind = {_CLASS_OF_KIND[kind] for kind in resource.children or () if kind in _CLASS_OF_KIND}
+    selected = () if None in classes else tuple(sorted(named))
+    return InterfaceRules(selected, resource.allow_classes, tuple(sorted(named | by_kind)))
 
 
 def may_overlap(one: Selector, other: Selector) -> bool:

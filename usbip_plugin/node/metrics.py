@@ -40,6 +40,7 @@ ALLOCATE_FAILURES: Mapping[type[PluginError], str] = MappingProxyType(
         errors.AttachRefused: "attach_refused",
         errors.AttachStuck: "attach_stuck",
         errors.HubRefused: "hub",
+        errors.InterfacesRefused: "interfaces",
         errors.NodesMissing: "nodes_missing",
         errors.DetachFailed: "detach_failed",
         errors.RecordNotWritable: "record_not_writable",

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from usbip_plugin.model import Attachment, Descriptor, DeviceKey, Endpoint
+from usbip_plugin.model import Attachment, Descriptor, DeviceKey, Endpoint, InterfaceRules
 from usbip_plugin.vhci.sysfs import Hub, PortStatus
 
 CHILD_WAIT_S = 3.0  # seconds to wait for child nodes that the interface classes lead to expect
 ASKED_CHILD_WAIT_S = 5.0  # seconds to wait for child nodes of kinds that the caller requests, unless it says otherwise
+DEFAULT_RULES = InterfaceRules()
 ABANDON_S = 5.0  # seconds that the detach after a failed enumeration may take
 
 
@@ -81,6 +82,7 @@ class VhciDriver(Protocol):
         children: tuple[str, ...] | None = None,
         children_timeout: float = ASKED_CHILD_WAIT_S,
         serial: str | None = None,
+        rules: InterfaceRules = DEFAULT_RULES,
         timeout: float,
     ) -> Attachment:
         """Waits until the device on the port has enumerated, verifies and authorises it. Returns it with its nodes.
@@ -92,13 +94,14 @@ class VhciDriver(Protocol):
             Empty: does not wait.
         children_timeout: seconds. Missing child nodes are not an error. Partitions are awaited with their disk.
         serial: the serial number that the device must have; None accepts any device, also one without a number.
+        rules: which interfaces the device may have.
         timeout: seconds, a bound on the whole wait.
 
         A device that enumerates again during the wait is verified again. A wrong device is never authorised.
         Raises AttachStuck if the device is not there in time or the connection ends, WrongDevice if its vendor:product
-        is not descriptor.usb_id, WrongSerial, and HubRefused. Detaches the port before raising, which may take
-        ABANDON_S more. Raises DetachFailed if that detach fails. If cancelled, leaves the port as it is: the caller
-        must detach it.
+        is not descriptor.usb_id, WrongSerial, HubRefused, and InterfacesRefused. Detaches the port before it raises,
+        which may take ABANDON_S more. Raises DetachFailed if that detach fails. If cancelled, leaves the port as it is:
+        the caller must detach it.
         """
 
     async def inspect(self, key: DeviceKey, port: int) -> Attachment | None:

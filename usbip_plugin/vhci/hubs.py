@@ -1,10 +1,11 @@
 """Protection of vhci's root hubs: new devices stay unauthorised while a device of the plugin enumerates.
 
 Without it, a server that lies about a device could make any driver of this node probe it before the plugin has checked
-its descriptors. The plugin sets authorized_default of the hub to 0 just before it attaches a device, and
-restores the old value once the device has appeared. Only a device that a person attaches with the `usbip` tool to the
-same hub in this window (about 0.3 s) stays unauthorised. The plugin never changes a hub whose authorized_default is 0
-already. The record directory keeps the old value, so that the next start restores it after a crash in the window.
+its descriptors. The plugin sets authorized_default of the hub to 0 just before it attaches a device, and restores the
+old value once it has authorised the device. It attaches nothing to a hub that it cannot close. Only a device that a
+person attaches with the `usbip` tool to the same hub in this window (about 0.3 s) stays unauthorised. The plugin never
+changes a hub whose authorized_default is 0 already. The record directory keeps the old value, so that the next start
+restores it after a crash in the window.
 """
 
 from __future__ import annotations
@@ -39,14 +40,13 @@ class HubGuard:
     def hold(self, port: Port) -> None:
         """Holds the hub of a port. The caller must call this before it writes to attach.
 
-        If the hub cannot be guarded, logs a warning and goes on: the descriptors are checked in any case.
+        Raises OSError if the hub cannot be guarded; then the port is not held, and the caller must not attach.
         """
         hub = root_hub(self._sysfs, port.controller, port.hub)
         if hub is None:
-            return
-        held = hub in self._held.values()
-        self._held[port.number] = hub
-        if held:
+            raise FileNotFoundError(errno.ENOENT, f"vhci_hcd.{port.controller} has no {port.hub} hub")
+        if hub in self._held.values():
+            self._held[port.number] = hub
             return
         try:
             before = _value(hub / "authorized_default")
@@ -54,12 +54,13 @@ class HubGuard:
                 self._marker(hub).parent.mkdir(mode=0o700, exist_ok=True)
                 self._marker(hub).write_text(before)
                 self._write(hub / "authorized_default", _CLOSED)
-        except OSError as error:
+        except OSError:
             self._marker_gone(hub)
-            log.warning("authorized_default not set", extra={"hub": str(hub), "cause": str(error)})
+            raise
+        self._held[port.number] = hub
 
     def release(self, port: int) -> None:
-        """Releases a port whose device has appeared or never will. Restores the hub after its last port. Idempotent."""
+        """Releases a port whose device is authorised or never will be. Restores the hub after its last. Idempotent."""
         hub = self._held.pop(port, None)
         if hub is not None and hub not in self._held.values():
             self._restore(hub)

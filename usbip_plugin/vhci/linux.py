@@ -22,17 +22,25 @@ from usbip_plugin.errors import (
     DriverMissing,
     DriverNotWritable,
     HubRefused,
+    InterfacesRefused,
     PortsExhausted,
     RecordNotWritable,
     VhciError,
     WrongDevice,
     WrongSerial,
 )
-from usbip_plugin.model import Attachment, Descriptor, DeviceKey
+from usbip_plugin.model import HUB_CLASS, Attachment, Descriptor, DeviceKey, InterfaceRules
 from usbip_plugin.sync import Broadcast
 from usbip_plugin.vhci.children import Children
-from usbip_plugin.vhci.devices import DeviceAttributes, DeviceNodes, is_hub, read_attributes, read_nodes
-from usbip_plugin.vhci.driver import ABANDON_S, ASKED_CHILD_WAIT_S, CHILD_WAIT_S, DriverReport, PortState
+from usbip_plugin.vhci.devices import DeviceAttributes, DeviceNodes, read_attributes, read_classes, read_nodes
+from usbip_plugin.vhci.driver import (
+    ABANDON_S,
+    ASKED_CHILD_WAIT_S,
+    CHILD_WAIT_S,
+    DEFAULT_RULES,
+    DriverReport,
+    PortState,
+)
 from usbip_plugin.vhci.hubs import HubGuard
 from usbip_plugin.vhci.records import Record, Records, local_endpoint
 from usbip_plugin.vhci.sysfs import (
@@ -162,7 +170,7 @@ class SysfsVhci:
         try:
             text = format_attach(port.number, own, descriptor.devid, speed)
             self._write_record(port.number, Record(key, (descriptor.devid, own), local_endpoint(own)))
-            self._guard.hold(port)
+            self._guard_hub(port)
             undo = functools.partial(self._undo_attach, port.number)
             handed_over = True
             close = functools.partial(os.close, own)
@@ -189,6 +197,15 @@ class SysfsVhci:
             if not done:
                 self._forget(port.number, only=key)
         return True
+
+    def _guard_hub(self, port: Port) -> None:
+        """Raises AttachRefused or DriverNotWritable if the hub of the port would authorise a device by itself."""
+        try:
+            self._guard.hold(port)
+        except OSError as error:
+            cause = f"its root hub cannot be kept from authorising devices: {error.strerror or error}"
+            refused = AttachRefused(f"nothing is attached to port {port.number}: {cause}")
+            raise explain(error, Path(error.filename or "authorized_default"), refused) from error
 
     def _undo_attach(self, port: int) -> None:
         try:
@@ -218,6 +235,7 @@ class SysfsVhci:
         children: tuple[str, ...] | None = None,
         children_timeout: float = ASKED_CHILD_WAIT_S,
         serial: str | None = None,
+        rules: InterfaceRules = DEFAULT_RULES,
         timeout: float,
     ) -> Attachment:
         deadline = self._clock.monotonic() + timeout
@@ -225,12 +243,12 @@ class SysfsVhci:
         try:
             async with self._clock.timeout(timeout):
                 while True:
-                    device, attributes = await self._verified(key, descriptor, port, serial, timeout)
+                    device, attributes = await self._verified(key, descriptor, port, serial, rules, timeout)
                     left = max(0.0, deadline - self._clock.monotonic() - END_S)
                     found = await self._children.wait(device, attributes, children, min(child_wait, left))
                     if found.nodes:  # otherwise the device has gone or enumerated again, and is verified again
                         return _attachment(key, port, device, attributes, found)
-        except (AttachStuck, WrongDevice, WrongSerial, HubRefused, DriverNotWritable):
+        except (AttachStuck, WrongDevice, WrongSerial, HubRefused, InterfacesRefused, DriverNotWritable):
             await self.detach(port, timeout=ABANDON_S)
             raise
         except TimeoutError:
@@ -238,25 +256,34 @@ class SysfsVhci:
             raise AttachStuck(f"{key} on port {port} did not enumerate within {timeout:g} s") from None
 
     async def _verified(
-        self, key: DeviceKey, descriptor: Descriptor, port: int, serial: str | None, timeout: float
+        self,
+        key: DeviceKey,
+        descriptor: Descriptor,
+        port: int,
+        serial: str | None,
+        rules: InterfaceRules,
+        timeout: float,
     ) -> tuple[Path, DeviceAttributes]:
         device, attributes = await self._changed.until_within(
             lambda: self._appeared(port), self._clock, timeout=timeout
         )
-        self._guard.release(port)
         if attributes.usb_id != descriptor.usb_id:
             raise WrongDevice(key, descriptor.usb_id, attributes.usb_id)
         if serial is not None and attributes.serial != serial:
             raise WrongSerial(key, serial, attributes.serial or "", descriptor.devid)
         try:
-            if is_hub(device):
-                raise HubRefused(key)
+            device_class, interfaces = read_classes(device)
+            if HUB_CLASS in {device_class, *(interface.class_ for interface in interfaces)}:
+                raise HubRefused(key)  # the hub driver looks at both (hub_id_table of drivers/usb/core/hub.c)
+            if (problem := rules.problem(device_class, interfaces)) is not None:
+                raise InterfacesRefused(f"{key} {problem}")
             # Write also if the device is authorised already: the write takes the device lock, so when it returns, the
             # kernel has probed the interfaces.
             await self._writer.write(device / "authorized", "1", device=port)
         except OSError as error:
             stuck = AttachStuck(f"{key} on port {port} could not be authorised: {error.strerror}")
             raise explain(error, device / "authorized", stuck) from error
+        self._guard.release(port)  # not before: until here, a device that enumerates again must not be authorised
         return device, attributes
 
     def _appeared(self, number: int) -> tuple[Path, DeviceAttributes] | None:

@@ -13,13 +13,14 @@ from usbip_plugin.errors import (
     AttachStuck,
     DetachFailed,
     DriverMissing,
+    InterfacesRefused,
     PortsExhausted,
     RecordNotWritable,
     WrongDevice,
     WrongSerial,
 )
-from usbip_plugin.model import Attachment, Descriptor, DeviceKey
-from usbip_plugin.vhci.driver import ABANDON_S, ASKED_CHILD_WAIT_S, DriverReport, PortState
+from usbip_plugin.model import Attachment, Descriptor, DeviceKey, InterfaceRules
+from usbip_plugin.vhci.driver import ABANDON_S, ASKED_CHILD_WAIT_S, DEFAULT_RULES, DriverReport, PortState
 from usbip_plugin.vhci.sysfs import Port, PortStatus, choose_port, hub_of
 from usbip_sim.kernel.ports import SimulatedKernel
 
@@ -103,6 +104,7 @@ class SimulatedVhci:
         children: tuple[str, ...] | None = None,
         children_timeout: float = ASKED_CHILD_WAIT_S,
         serial: str | None = None,
+        rules: InterfaceRules = DEFAULT_RULES,
         timeout: float,
     ) -> Attachment:
         deadline = self._kernel.clock.monotonic() + timeout
@@ -120,6 +122,10 @@ class SimulatedVhci:
             await self.detach(port, timeout=ABANDON_S)
             raise WrongSerial(key, serial or "", occupant.serial or "", descriptor.devid)
         if occupant is not None:
+            interfaces = occupant.interfaces or descriptor.interfaces  # none are known of a device that was not read
+            if interfaces and (problem := rules.problem(descriptor.device_class, interfaces)) is not None:
+                await self.detach(port, timeout=ABANDON_S)
+                raise InterfacesRefused(f"{key} {problem}")
             occupant.authorized = True
             limit = max(0.0, min(children_timeout, deadline - self._kernel.clock.monotonic()))
             with contextlib.suppress(TimeoutError):  # kinds without a driver never appear

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from usbip_plugin.clock import Clock
-from usbip_plugin.model import Attachment, Descriptor, DeviceKey, DeviceNode, Endpoint, UsbId
+from usbip_plugin.model import Attachment, Descriptor, DeviceKey, DeviceNode, Endpoint, InterfaceClass, UsbId
 from usbip_plugin.sync import Broadcast
 from usbip_plugin.vhci.records import local_endpoint
 from usbip_plugin.vhci.sysfs import Hub, Port, PortStatus
@@ -34,6 +34,7 @@ class Occupant:
     serial: None if the simulation does not know it; then any expected serial number matches.
     recorded_by: the node whose port record is for this device; "" for none.
     identified: the kernel has read the identity from the device itself, and `children` follow from that identity.
+    interfaces: as read from the device itself, where that was done.
     import_from: the node's end of the connection, None if it has no address.
     let_go: releases the kernel's reference to the socket.
     """
@@ -49,6 +50,7 @@ class Occupant:
     model: str = ""
     recorded_by: str = ""
     identified: bool = False
+    interfaces: tuple[InterfaceClass, ...] = ()
     children: list[DeviceNode] = field(default_factory=list)
     import_from: Endpoint | None = None
     let_go: Callable[[], None] = lambda: None

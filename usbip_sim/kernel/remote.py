@@ -16,9 +16,9 @@ from typing import TypeVar
 
 from usbip_plugin.clock import Clock, backoff
 from usbip_plugin.errors import AttachRefused, DriverMissing, SimulatedKernelMissing
-from usbip_plugin.model import Attachment, Descriptor, DeviceKey
+from usbip_plugin.model import Attachment, Descriptor, DeviceKey, InterfaceRules
 from usbip_plugin.sync import Broadcast
-from usbip_plugin.vhci.driver import ABANDON_S, ASKED_CHILD_WAIT_S, DriverReport, PortState
+from usbip_plugin.vhci.driver import ABANDON_S, ASKED_CHILD_WAIT_S, DEFAULT_RULES, DriverReport, PortState
 from usbip_sim.kernel import wire
 from usbip_sim.kernel.channel import Channel
 
@@ -64,9 +64,10 @@ class RemoteVhci:
         children: tuple[str, ...] | None = None,
         children_timeout: float = ASKED_CHILD_WAIT_S,
         serial: str | None = None,  # noqa: ARG002 (the kernel does not verify serial numbers)
+        rules: InterfaceRules = DEFAULT_RULES,
         timeout: float,
     ) -> Attachment:
-        request = wire.Enumerate(key, descriptor, port, children or (), children_timeout, timeout)
+        request = wire.Enumerate(key, descriptor, port, children or (), children_timeout, rules, timeout)
         return await self._call(request, Attachment, seconds=timeout + ABANDON_S)
 
     async def inspect(self, key: DeviceKey, port: int) -> Attachment | None:

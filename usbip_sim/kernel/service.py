@@ -84,6 +84,7 @@ class KernelService:
             return port
         occupant.identified, occupant.usb_id, occupant.serial = True, identity.usb_id, identity.serial
         occupant.manufacturer, occupant.model = identity.manufacturer, identity.product
+        occupant.interfaces = identity.interfaces
         try:
             for interface, name in drivers_children(identity.usb_id, identity.interfaces):
                 unused = self.kernel.unused(name)
@@ -187,6 +188,7 @@ class _Session:
                     port,
                     children=request.children,
                     children_timeout=request.children_timeout,
+                    rules=request.rules,
                     timeout=request.timeout,
                 )
                 return self._service.with_nodes(attachment)

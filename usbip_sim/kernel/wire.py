@@ -16,14 +16,15 @@ from usbip_plugin.errors import (
     AttachStuck,
     DetachFailed,
     DriverMissing,
+    InterfacesRefused,
     PortsExhausted,
     VhciError,
     WrongDevice,
 )
-from usbip_plugin.model import Attachment, Descriptor, DeviceKey, UsbId, valid_kind
+from usbip_plugin.model import Attachment, Descriptor, DeviceKey, InterfaceRules, UsbId, valid_kind
 from usbip_plugin.vhci.driver import PortState
 
-VERSION = 5
+VERSION = 6
 """Version of the messages. The simulated kernel refuses the calls of a driver with another version."""
 MAX_TEXT = 8192
 """Limit of a received text, in characters."""
@@ -36,7 +37,7 @@ _MAX_BY_FIELD = {"port": 0xFFFF, "interface": 0xFF}
 
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=MAX_TIMEOUT_S)]
 
-_PLAIN = {error.__name__: error for error in (AttachRefused, AttachStuck, DetachFailed)}
+_PLAIN = {error.__name__: error for error in (AttachRefused, AttachStuck, DetachFailed, InterfacesRefused)}
 
 
 class Message(msgspec.Struct, omit_defaults=True):
@@ -80,6 +81,7 @@ class Enumerate(Call):
     port: int
     children: tuple[str, ...]
     children_timeout: Seconds
+    rules: InterfaceRules
     timeout: Seconds
 
     def __post_init__(self) -> None:

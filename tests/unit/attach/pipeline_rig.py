@@ -27,12 +27,22 @@ from usbip_plugin.context import NodeContext
 from usbip_plugin.locks.manager import Grant, LockManager
 from usbip_plugin.locks.protocol import LockMeta, Rules
 from usbip_plugin.locks.watch import LockChange
-from usbip_plugin.model import Attachment, Descriptor, DeviceKey, Endpoint, Identity, Lock, ServerKey, UsbId
+from usbip_plugin.model import (
+    Attachment,
+    Descriptor,
+    DeviceKey,
+    Endpoint,
+    Identity,
+    InterfaceRules,
+    Lock,
+    ServerKey,
+    UsbId,
+)
 from usbip_plugin.usbip.client import DeviceList, Imported
 from usbip_plugin.usbip.connect import Source
 from usbip_plugin.usbip.identify import DeviceIdentity
 from usbip_plugin.usbip.poller import ServerFlaw
-from usbip_plugin.vhci.driver import ASKED_CHILD_WAIT_S, PortState
+from usbip_plugin.vhci.driver import ASKED_CHILD_WAIT_S, DEFAULT_RULES, PortState
 from usbip_plugin.vhci.sysfs import PortStatus
 from usbip_sim.kernel.driver import SimulatedVhci
 from usbip_sim.kernel.ports import SimulatedKernel
@@ -222,12 +232,14 @@ class ScriptedVhci(SimulatedVhci):
         children: tuple[str, ...] | None = None,
         children_timeout: float = ASKED_CHILD_WAIT_S,
         serial: str | None = None,
+        rules: InterfaceRules = DEFAULT_RULES,
         timeout: float,
     ) -> Attachment:
+        self.rules = rules
         self.limits.append(timeout)
         await self._script.reach(f"enumerate {key.busid}")
-        more = {"children": children, "children_timeout": children_timeout, "serial": serial, "timeout": timeout}
-        return await super().enumerate(key, descriptor, port, **more)  # type: ignore[arg-type]
+        more = {"children": children, "children_timeout": children_timeout, "serial": serial, "rules": rules}
+        return await super().enumerate(key, descriptor, port, timeout=timeout, **more)  # type: ignore[arg-type]
 
     async def detach(self, port: int, *, timeout: float) -> None:
         await self._script.reach(f"detach {port}")
@@ -265,6 +277,7 @@ class Rig:
     tasks: ScriptedTasks
     events: list[DeviceEvent]
     flaws: list[tuple[ServerKey, ServerFlaw]]
+    resources: KnownResources
     progress: Progress = field(default_factory=lambda: Progress(""))
 
     async def attach(self, *, within: float = DEADLINE_S, **fields: object) -> Attachment:
@@ -351,7 +364,7 @@ async def rig() -> AsyncIterator[Rig]:
         on_step=lambda _name, _seconds: None,
         on_flaw=lambda server, flaw: flaws.append((server, flaw)),
     )
-    yield Rig(script, clock, locks, client, kernel, driver, files, sockets, pipeline, tasks, events, flaws)
+    yield Rig(script, clock, locks, client, kernel, driver, files, sockets, pipeline, tasks, events, flaws, resources)
     taken = [port for port in kernel.ports() if port.status is not PortStatus.NULL]
     assert len(sockets) == len(taken), "a socket was not closed"
     assert client.open == 0, "a source port was not closed"

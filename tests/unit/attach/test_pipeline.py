@@ -12,7 +12,7 @@ from tests.unit.attach.pipeline_rig import Rig, on_rig
 from usbip_plugin.attach.events import taken_over
 from usbip_plugin.attach.pipeline import DETACH_TIMEOUT, PROBE_TIMEOUT, SECOND_TRY_TIME
 from usbip_plugin.claims import ClaimEvent, ClaimState
-from usbip_plugin.config.schema import DEFAULT_CHILDREN_TIMEOUT_S, IMPORT_WINDOW_S
+from usbip_plugin.config.schema import DEFAULT_CHILDREN_TIMEOUT_S, IMPORT_WINDOW_S, Config, ResourceConfig
 from usbip_plugin.errors import (
     AttachRefused,
     AttachStuck,
@@ -31,7 +31,7 @@ from usbip_plugin.errors import (
     WrongDevice,
     WrongSerial,
 )
-from usbip_plugin.model import DeviceKey, Endpoint, Identity, UsbId
+from usbip_plugin.model import DeviceKey, Endpoint, Identity, InterfaceRules, UsbId
 from usbip_plugin.usbip.poller import ServerFlaw
 from usbip_plugin.vhci.driver import PortState
 from usbip_plugin.vhci.sysfs import PortStatus
@@ -842,3 +842,15 @@ async def test_a_device_whose_lock_is_lost_during_its_import_is_not_probed(r: Ri
     with pytest.raises(LockLost):
         await r.pipeline.probe(KEY, descriptor())
     assert r.script.steps == [ACQUIRED, IMPORT, "release 1-1"]
+
+
+@on_rig
+async def test_an_attach_and_a_re_attach_allow_the_interfaces_that_the_resource_allows_then(r: Rig) -> None:
+    r.resources.config = Config((ResourceConfig("stick", (), allow_classes=(3,)),))
+    await r.attach()
+    assert r.driver.rules == InterfaceRules(allowed=(3,))
+    await r.pipeline.detach(KEY.id)
+    r.resources.config = Config((ResourceConfig("stick", (), children=("input",)),))
+    r.lost()
+    await r.reattach()
+    assert r.driver.rules == InterfaceRules(asked=(3,))

@@ -58,6 +58,11 @@ def resource(keys: str) -> ResourceConfig:
         ("cdi: true, permissions: {}", "permissions", "expected at least one of mode, user, group"),
         ("cdi: true, permissions: 0660", "permissions", "expected a mapping (keys: mode, user, group), got '0660'"),
         ("readOnly: yes", "readOnly", "expected true or false, got 'yes'"),
+        ("allowClasses: hid", "allowClasses", "expected a list of USB classes, such as [hid, vendor], got 'hid'"),
+        ("allowClasses: []", "allowClasses", "expected a list of USB classes"),
+        ("allowClasses: [hid, keyboard]", "allowClasses[1]", "'keyboard' is not a valid USB class"),
+        ("allowClasses: [hub]", "allowClasses[0]", "is not a valid USB class"),
+        ("allowClasses: ['09']", "allowClasses[0]", "class 09 is a USB hub"),
         ("byId: 1", "byId", "expected true or false, got '1'"),
     ],
 )

@@ -46,7 +46,7 @@ resources:
 KEYS = (
     *("resources", "target", "host", "port", "selector", "vendor", "bus_id", "serial", "class", "extras", "hostPath"),
     *("usb_ids", "permissions", "devices", "children", "containerPath", "onLoss", "cdi", "a", "b", "<<"),
-    *("childrenTimeout", "byId", "mode", "user", "group", "readOnly"),
+    *("childrenTimeout", "byId", "mode", "user", "group", "readOnly", "allowClasses"),
 )
 
 
@@ -171,6 +171,7 @@ resources:
     byId: true
     permissions: {mode: "0660", user: 0, group: 20}
     readOnly: true
+    allowClasses: [vendor, hid, "08"]
 lock: {duration: 1m}
 allocateTimeout: 2.5
 publishNodeStatus: false
@@ -191,6 +192,7 @@ plugin-directory: /plugins
             by_id=True,
             permissions=NodePermissions(0o660, 0, 20),
             read_only=True,
+            allow_classes=(0x03, 0x08, 0xFF),
         ),
     )
     assert config.lock == LockConfig(60.0)

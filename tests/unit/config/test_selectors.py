@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.rigs.vocabulary import HID, STORAGE, descriptor
-from usbip_plugin.config.schema import Selector
-from usbip_plugin.config.selectors import Match, matches, may_overlap
-from usbip_plugin.model import Descriptor, Identity, InterfaceClass, UsbId
+from usbip_plugin.config.schema import DeviceSelector, ResourceConfig, Selector
+from usbip_plugin.config.selectors import Match, allowed_interfaces, matches, may_overlap
+from usbip_plugin.model import Descriptor, DeviceKey, Identity, InterfaceClass, InterfaceRules, ServerKey, UsbId
 
 DEVICE = descriptor("1-1.4", interfaces=STORAGE)
 UNCONFIGURED = dataclasses.replace(DEVICE, configuration=0, num_interfaces=0, interfaces=())
@@ -126,3 +126,27 @@ def test_selectors_that_match_one_device_may_overlap(
 )
 def test_disjoint_selectors_do_not_overlap(one: Selector, other: Selector) -> None:
     assert not may_overlap(one, other)
+
+
+@pytest.mark.parametrize(
+    ("selectors", "keys", "rules"),
+    [
+        ([Selector(vendor=0x0951)], {}, InterfaceRules()),
+        ([Selector(class_=8)], {}, InterfaceRules(selected=(8,), asked=(8,))),
+        ([Selector(class_=8), Selector(class_=3)], {}, InterfaceRules(selected=(3, 8), asked=(3, 8))),
+        ([Selector(class_=8), Selector(vendor=0x0951)], {}, InterfaceRules(asked=(8,))),
+        ([Selector(class_=8), Selector(vendor=0x1050)], {}, InterfaceRules(selected=(8,), asked=(8,))),
+        ([Selector(class_=8), Selector(serial="other")], {}, InterfaceRules(selected=(8,), asked=(8,))),
+        ([Selector(vendor=0x1050, class_=8)], {}, InterfaceRules()),
+        ([Selector()], {"children": ("tty", "input")}, InterfaceRules(asked=(3,))),
+        ([Selector()], {"children": ("hidraw",)}, InterfaceRules(asked=(3,))),
+        ([Selector()], {"allow_classes": (3, 8)}, InterfaceRules(allowed=(3, 8))),
+    ],
+)
+def test_a_resource_allows_what_its_selectors_and_children_ask_for(
+    selectors: list[Selector], keys: dict[str, tuple[int, ...]], rules: InterfaceRules
+) -> None:
+    server = ServerKey("lab")
+    entries = tuple(DeviceSelector(server, selector) for selector in selectors)
+    resource = ResourceConfig("a", entries, **keys)  # type: ignore[arg-type]
+    assert allowed_interfaces(resource, DeviceKey(server, "1-1.4"), UNCONFIGURED, Identity(serial="A1")) == rules
