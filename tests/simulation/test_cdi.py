@@ -370,7 +370,8 @@ async def test_a_device_lost_to_another_node_has_no_spec_any_more() -> None:
     async with stick_by_cdi() as (c, _lab, device):
         node, _ = await with_pod(c, device)
         lease = c.backend.leases[device.id]
-        await c["node-b"].leases.replace(replace(lease, holder="node-z"))  # type: ignore[union-attr]
+        taken = replace(lease, holder="node-z", transitions=lease.transitions + 1)
+        await c["node-b"].leases.replace(taken)  # type: ignore[union-attr]
         assert await c.settle(lambda: not node.specs.texts, 20)
         with pytest.raises((EndpointError, UnresolvableDevice)):
             await node.start_container(pod("p"))

@@ -30,7 +30,7 @@ from usbip_sim.virtual.surroundings import ClusterSpec
 
 STICK = "usbip.dev/stick"
 A, B = "node-a", "node-b"
-DOCUMENT = Path(__file__).parents[2] / "docs" / "reference" / "metrics.md"
+DOCUMENT = (Path(__file__).parents[2] / "docs/reference/metrics.md").read_text("utf-8").partition("## The exporter")[0]
 DOMAIN = Cluster.domain
 OFFSET = 1000.0
 """Offset in seconds of a node's clock, as Cluster sets it."""
@@ -350,7 +350,7 @@ def test_the_document_has_every_metric_with_its_type_and_labels_and_no_other(liv
         assert family.documentation
         exposed[name] = (family.type, frozenset(labels))
     table = re.compile(r"^\| `(\w+)` \| (\w+) \|\s*([^|]*?)\s*\| [^|]+ \|$", re.MULTILINE)
-    rows = table.findall(DOCUMENT.read_text(encoding="utf-8"))
+    rows = table.findall(DOCUMENT)
     assert len({name for name, _, _ in rows}) == len(rows)
     documented = {name: (kind, frozenset(re.findall(r"`(\w+)`", labels))) for name, kind, labels in rows}
     if sys.platform != "linux":  # the library reads them from /proc
@@ -379,9 +379,7 @@ async def test_labels_are_few_and_name_no_device_and_no_pod() -> None:
 
 def documented_values(after: str) -> set[str]:
     """Returns the values of a label in the document's paragraph with this beginning."""
-    (paragraph,) = re.findall(
-        rf"^- {after}[^:]*:(.*?)(?=^- |^$)", DOCUMENT.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
-    )
+    (paragraph,) = re.findall(rf"^- {after}[^:]*:(.*?)(?=^- |^$)", DOCUMENT, re.MULTILINE | re.DOTALL)
     return set(re.findall(r"`(\w+)`", paragraph))
 
 
