@@ -139,6 +139,17 @@ async def test_a_cut_while_a_device_enumerates_leaves_nothing_half_open() -> Non
         await free_again(c, device)
 
 
+@stepped
+async def test_a_lease_that_is_written_again_for_a_live_attachment_names_its_port() -> None:
+    async with one_stick() as (c, lab, device):
+        a = await c.taken(device)
+        a.kill()
+        c.backend.delete(device.id, c.backend.leases[device.id].resource_version)
+        a.start()
+        assert await c.settle(lambda: c.holder(device) == a.name, SETTLE)
+        assert [source_of(c, device)] == lab.peers("1-1")
+
+
 class Connects:
     """The connects that were to end half-open connections: (address of the node, source port, loop time), in order.
 

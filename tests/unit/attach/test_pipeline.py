@@ -305,10 +305,12 @@ async def test_no_import_from_another_bus_id_begins_after_the_window_of_the_own_
 
 @on_rig
 async def test_the_lock_names_the_source_port_of_each_import_before_it_begins(r: Rig) -> None:
+    r.client.busy = True
     r.kernel.stuck_next()
     r.script.at(IMPORT, r.raises(DeviceBusy(KEY)))
     await r.attach()
     assert r.script.count(IMPORT) == 3
+    assert len({source for source, _ in r.client.named}) == 2, "the second try comes from another port"
     assert all(source == written for source, written in r.client.named)
     assert r.claim.import_from == r.client.named[-1][0]
 

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from usbip_plugin.clock import SystemClock
-from usbip_plugin.errors import ServerTimeout, ServerUnreachable
+from usbip_plugin.errors import DeviceBusy, ServerTimeout, ServerUnreachable
 from usbip_plugin.model import DeviceKey, Endpoint, ServerKey, UsbId
 from usbip_plugin.usbip import connect as connect_module
 from usbip_plugin.usbip.client import TcpUsbipClient
 from usbip_plugin.usbip.connect import USER_TIMEOUT_MS, Addresses, Connector, SourcePort, resolve
-from usbip_plugin.usbip.wire import ImportReply, encode_import_reply
+from usbip_plugin.usbip.wire import ST_DEV_BUSY, ImportReply, encode_import_reply
 from usbip_sim.server.server import VirtualServer
 from usbip_sim.server.usbdevice import VirtualDevice
 
@@ -81,6 +81,24 @@ async def test_a_server_without_a_route_is_unreachable() -> None:
     with pytest.raises(ServerUnreachable, match="cannot connect"):
         await connector.bind(ServerKey("lab-pc.test"))
     connector.close()
+
+
+async def test_a_refused_import_is_repeated_from_the_same_port_also_if_the_server_keeps_the_connection() -> None:
+    kept: list[asyncio.StreamWriter] = []
+
+    async def refuse(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        kept.append(writer)
+        writer.write(encode_import_reply(ImportReply(ST_DEV_BUSY, None)))
+
+    with contextlib.closing(TcpUsbipClient(SystemClock())) as client:
+        async with await asyncio.start_server(refuse, "127.0.0.1", 0) as server:
+            key = DeviceKey(ServerKey(*server.sockets[0].getsockname()), "1-1")
+            with contextlib.closing(await client.bind(key.server, timeout=PATIENCE)) as source:
+                for _ in range(3):
+                    with pytest.raises(DeviceBusy):
+                        await client.import_device(key, source=source, timeout=PATIENCE)
+    for writer in kept:
+        writer.transport.abort()
 
 
 class Mute:
