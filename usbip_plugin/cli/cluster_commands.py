@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 from usbip_plugin.cli.devices import paint, rows, show_devices, structured, wants_colour
 from usbip_plugin.cli.explain import DeviceDetails, render
 from usbip_plugin.cli.explain import explain as explanation_of
-from usbip_plugin.cli.lookup import DEVLIST_TIMEOUT_S, DeviceLookup, find_config
+from usbip_plugin.cli.lookup import DEVLIST_TIMEOUT_S, DeviceLookup, find_config, mapping
 from usbip_plugin.cli.node_commands import namespace_of
 from usbip_plugin.cli.parser import Exit
 from usbip_plugin.cli.prune import prune as remove
@@ -23,7 +23,6 @@ from usbip_plugin.clock import Clock, SystemClock
 from usbip_plugin.config.schema import DEFAULT_DOMAIN
 from usbip_plugin.errors import PluginError, PruneRefused, ReleaseRefused, UsbipError
 from usbip_plugin.kube.client import KubeClient, connect
-from usbip_plugin.kube.responses import mapping
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.locks.locked_devices import LockedDevice, known_devices
 from usbip_plugin.locks.record import SESSION_LABELS, LeaseStore

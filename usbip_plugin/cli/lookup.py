@@ -272,7 +272,7 @@ class DeviceLookup:
 
 def pod_status(found: Mapping[str, Any], pod: PodRef) -> PodStatus:
     """Returns the state of the pod that a lock names. found: the API server's Pod of that name."""
-    metadata, status = _mapping(found.get("metadata")), _mapping(found.get("status"))
+    metadata, status = mapping(found.get("metadata")), mapping(found.get("status"))
     if pod.uid is not None and metadata.get("uid") not in (None, pod.uid):
         return PodStatus.GONE
     if status.get("phase") in ("Succeeded", "Failed"):
@@ -285,9 +285,9 @@ def plugin_status(found: Mapping[str, Any]) -> PluginStatus:
     items = found.get("items")
     pods = [item for item in items if isinstance(item, dict)] if isinstance(items, list) else []
     for pod in pods:
-        conditions = _mapping(pod.get("status")).get("conditions")
+        conditions = mapping(pod.get("status")).get("conditions")
         for condition in conditions if isinstance(conditions, list) else ():
-            if _mapping(condition).get("type") == "Ready" and _mapping(condition).get("status") == "True":
+            if mapping(condition).get("type") == "Ready" and mapping(condition).get("status") == "True":
                 return PluginStatus.READY
     return PluginStatus.NOT_READY if pods else PluginStatus.NONE
 
@@ -319,7 +319,7 @@ async def find_config(options: argparse.Namespace, kube: Api, namespace: str) ->
     path = f"/api/v1/namespaces/{namespace}/configmaps/{options.config_map}"
     try:
         found = await kube.request("get", path, resource="configmaps", timeout=REQUEST_TIMEOUT_S)
-        text = _mapping(found.get("data")).get("config.yaml")
+        text = mapping(found.get("data")).get("config.yaml")
         if not isinstance(text, str):
             return None, f"{name} has no config.yaml"
         return parse_config(text, name).config, name
@@ -329,5 +329,6 @@ async def find_config(options: argparse.Namespace, kube: Api, namespace: str) ->
         return None, f"{name} cannot be used: {error.problems[0]}"
 
 
-def _mapping(value: Any) -> Mapping[str, Any]:
+def mapping(value: Any) -> Mapping[str, Any]:
+    """Returns the value if it is a JSON object, else an empty mapping."""
     return value if isinstance(value, dict) else {}

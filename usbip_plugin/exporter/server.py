@@ -28,6 +28,12 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+CLIENT_PROBE_S, CLIENT_PROBES = 1, 4
+"""Keepalive of clients: seconds between probes, and their number. A client that answers nothing is gone after 6 s.
+
+Another node begins to watch its lock when it finds the device listed again, up to 3 s later. So a takeover is complete
+within the lock's duration and 10 s.
+"""
 REQUEST_S = 5.0
 """Seconds from the begin of a connection to the end of the reply. A fence that reads a lock takes 2 s of them."""
 MAX_CONNECTIONS = 64
@@ -165,7 +171,7 @@ class ExportServer:
 
     async def _serve(self, sock: socket.socket, peer: Endpoint, group: str) -> None:
         try:
-            set_options(sock)
+            set_options(sock, CLIENT_PROBE_S, CLIENT_PROBES)
             async with self._clock.timeout(REQUEST_S):
                 await self._answer(sock, peer, allowed=bool(group))
         except TimeoutError:

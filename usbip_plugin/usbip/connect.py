@@ -248,17 +248,19 @@ class SourcePort:
         self._held.close()
 
 
-def set_options(sock: socket.socket) -> None:
-    """Sets TCP_NODELAY, and keepalive and user timeout that find a dead peer within about 8 s.
+def set_options(sock: socket.socket, interval_s: int = KEEPALIVE_INTERVAL_S, count: int = KEEPALIVE_COUNT) -> None:
+    """Sets TCP_NODELAY, and keepalive and user timeout that find a dead peer, by default within about 8 s.
 
     Raises OSError if the connection has ended.
+
+    interval_s: seconds between the probes that follow 2 s of silence. count: unanswered probes that end the connection.
     """
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_COUNT)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, interval_s)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, count)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, (KEEPALIVE_IDLE_S + interval_s * count) * 1000)
 
 
 def reset(sock: socket.socket) -> None:
