@@ -6,6 +6,7 @@
 # BASE      what the plugin runs on: glibc, libstdc++, python3 >= 3.11, nothing else
 # BUILDER   the same Python for the build machine; python3 alone will do if a wheel of pip is in wheels/
 # PIP_*     as pip has them. Without an index: put all wheels, setuptools' too, into wheels/ and give PIP_NO_INDEX=1
+# SOURCE_DATE_EPOCH  seconds since 1970 for the times of the plugin's files and of the SBOM
 # VERSION   the project's version, for the label; the build compares
 ARG BASE=docker.io/library/python:3.13-slim
 ARG BUILDER=${BASE}
@@ -27,9 +28,10 @@ RUN set -eu; stdlib=$(python3 -c 'import sysconfig; print(sysconfig.get_path("st
       -x '/(test|tests|idlelib|lib2to3|tkinter|turtledemo|ensurepip|distutils|pydoc_data|site-packages|dist-packages|config-[^/]*)/' "$stdlib"; \
     find "$stdlib" -name '*.opt-2.pyc' -not -path '*-packages/*' -print0 | tar --null -T - -cf - | tar -C bytecode -xf -
 
-# wheels/ may be absent; pyproject.toml and constraints.txt alone decide about this layer
-COPY pyproject.toml constraints.txt wheels* ./wheels/
+# wheels/ may be absent; the locks alone decide about this layer
+COPY image.lock image-build.lock wheels* ./wheels/
 ARG TARGETARCH
+ARG SOURCE_DATE_EPOCH=0
 RUN set -eu; \
     if ! python3 -m pip --version >/dev/null 2>&1; then \
       [ -e wheels/pip-*.whl ] || { echo "BUILDER has no pip: take one with pip, or put a wheel of pip into wheels/" >&2; exit 1; }; \
@@ -42,27 +44,30 @@ RUN set -eu; \
     esac; \
     platforms="--platform manylinux2014_$machine"; \
     for glibc in 17 24 26 27 28 31 34; do platforms="$platforms --platform manylinux_2_${glibc}_$machine"; done; \
-    python3 -c 'import tomllib; print(*tomllib.load(open("wheels/pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' \
-      >requirements.txt; \
-    python3 -m pip install --quiet --no-compile --only-binary=:all: $platforms --target lib -c wheels/constraints.txt -r requirements.txt; \
+    python3 -m pip install --quiet --only-binary=:all: --require-hashes -r wheels/image-build.lock; \
+    python3 -m pip install --quiet --no-compile --only-binary=:all: --require-hashes $platforms --target lib -r wheels/image.lock; \
     rm -rf lib/bin; \
     find lib -maxdepth 1 -type f -not -name '*.py' -not -name '*.so' -delete; \
     find lib -type d \( -name tests -o -name test -o -name testing \) -prune -exec rm -rf {} +; \
     find lib -type f \( -name '*.pyx' -o -name '*.pxd' -o -name '*.pxi' -o -name '*.pyi' -o -name '*.c' -o -name '*.h' \) -delete; \
-    python3 -m compileall -q -j 0 -o 2 --invalidation-mode unchecked-hash -s /build -p /opt/usbip-plugin /build/lib
+    python3 -m compileall -q -j 0 -o 2 --invalidation-mode unchecked-hash -s /build -p /opt/usbip-plugin /build/lib; \
+    find lib bytecode -exec touch -h -d "@$SOURCE_DATE_EPOCH" {} +
 
+COPY release/sbom.py ./
 COPY pyproject.toml README.md LICENSE ./source/
 COPY usbip_plugin ./source/usbip_plugin
 COPY usbip_sim ./source/usbip_sim
 ARG VERSION=0.1.0
 RUN set -eu; \
-    python3 -m pip wheel --quiet --no-deps --wheel-dir own ./source; \
+    python3 -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir own ./source; \
     python3 -m pip install --quiet --no-compile --no-deps --no-index --target project/lib own/*.whl; \
     mv project/lib/bin project/bin; \
     sed -i '1s|.*|#!/usr/bin/env python3|' project/bin/*; \
     python3 -m compileall -q -j 0 -o 2 --invalidation-mode unchecked-hash -s /build/project -p /opt/usbip-plugin /build/project/lib; \
     version=$(sed -n 's/^Version: //p' project/lib/usbip_plugin-*.dist-info/METADATA); \
     [ "$VERSION" = "$version" ] || { echo "VERSION: $VERSION is given, but the project has $version" >&2; exit 1; }; \
+    python3 sbom.py lib project/lib >project/sbom.spdx.json; \
+    find project -exec touch -h -d "@$SOURCE_DATE_EPOCH" {} +; \
     du -sk bytecode lib project >&2
 
 FROM ${BASE}

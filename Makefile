@@ -29,7 +29,7 @@ PYTHONS := $(PYTHON) python3.13 python3.12 python3.11 python3.14 python3
 .DELETE_ON_ERROR:
 .PHONY: help demo test model sim sim-moments test-page screenshot docs test-apiserver test-kernel test-kills soak-kernel test-deploy \
 	image test-image e2e tour test-kubelet test-outage soak test-node \
-	bench bench-scale plots bench-kernel fuzz lint format proto constraints check affected nightly flakes clean
+	bench bench-scale plots bench-kernel fuzz lint format proto constraints newest check affected nightly flakes clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -141,10 +141,20 @@ format: $(VENV)/.test ## let ruff format and fix what it can
 proto: $(VENV)/.test ## write the gRPC stubs anew from proto/
 	PYTHON=$(BIN)/python proto/generate.sh
 
-constraints: ## write constraints.txt anew: the newest versions that pyproject.toml lets in
+constraints: ## write constraints.txt and the image's locks anew: the newest versions that pyproject.toml lets in
 	@set -e; new=$$(mktemp -d); trap 'rm -rf "$$new"' EXIT; \
 	$(BIN)/python -m venv "$$new" >/dev/null && "$$new/bin/pip" --disable-pip-version-check --quiet install --upgrade pip setuptools '.[test,fuzz]'; \
-	{ grep '^#' constraints.txt; "$$new/bin/pip" freeze --all | grep -v '^usbip-plugin ' | LC_ALL=C sort -f; } >constraints.new; mv constraints.new constraints.txt
+	{ grep '^#' constraints.txt; "$$new/bin/pip" freeze --all | grep -v '^usbip-plugin ' | LC_ALL=C sort -f; } >constraints.new; mv constraints.new constraints.txt; \
+	"$$new/bin/pip" --disable-pip-version-check --quiet install uv; \
+	lock() { "$$new/bin/uv" pip compile --quiet --no-header --no-annotate --generate-hashes --universal --python-version 3.11 \
+		-c constraints.txt -o "$$1" -; }; \
+	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' | lock image.lock; \
+	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' | lock image-build.lock
+
+newest: ## the tests without constraints.txt: with the newest versions that pyproject.toml lets in, in an environment of their own
+	@set -e; new=$$(mktemp -d); trap 'rm -rf "$$new"' EXIT; \
+	$(BIN)/python -m venv "$$new" >/dev/null && "$$new/bin/pip" --disable-pip-version-check --quiet install -e '.[test]'; \
+	"$$new/bin/python" -m pytest -q -p no:cacheprovider tests/unit tests/contract tests/protocol tests/sim
 
 clean: ## remove .venv, caches and build output
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis bench.json bench-scale.json

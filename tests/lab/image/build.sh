@@ -51,12 +51,12 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 # only files that .dockerignore admits, so that others cost no time
 mkdir "$work/context"
-files=(Dockerfile .dockerignore pyproject.toml constraints.txt README.md LICENSE usbip_plugin usbip_sim)
+files=(Dockerfile .dockerignore pyproject.toml image.lock image-build.lock release/sbom.py README.md LICENSE usbip_plugin usbip_sim)
 if [ -n "$revision" ]; then
   # a revision may not have all of them
   mapfile -t files < <(git -C "$root" ls-tree --name-only "$revision" "${files[@]}")
   git -C "$root" archive "$revision" "${files[@]}" | tar -C "$work/context" -xf -
-else (cd "$root" && cp -r "${files[@]}" "$work/context/"); fi
+else (cd "$root" && cp -r --parents "${files[@]}" "$work/context/"); fi
 version=$(sed -n 's/^__version__ = "\(.*\)"$/\1/p' "$work/context/usbip_plugin/__init__.py")
 [[ $image = *:* ]] || image=$image:$version
 # the name as the engines and containerd know it
