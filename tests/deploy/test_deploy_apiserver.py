@@ -78,7 +78,9 @@ def test_the_api_server_accepts_every_object(tools: Tools, kubectl: Kubectl, var
 def test_the_api_server_accepts_their_pods(tools: Tools, kubectl: Kubectl, variant: str) -> None:
     """Priority classes, ServiceAccounts and Pod Security are checked for pods only."""
     specs = {}
-    for found in tools.kustomize(kustomize_directory(variant)).values():
+    objects = tools.kustomize(kustomize_directory(variant)).values()
+    kubectl("apply", "-f", "-", objects=[found for found in objects if found["kind"] == "ServiceAccount"])
+    for found in objects:
         template = pod_template(found)
         if template is not None:
             meta = {**template["metadata"], "name": found["metadata"]["name"], "namespace": NAMESPACE}
