@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ _TIMES = ("acquire_time", "renew_time")
 
 
 def pack(lease: Lease) -> dict[str, Any]:
-    fields = asdict(lease)
+    fields = asdict(replace(lease, labels=dict(lease.labels), annotations=dict(lease.annotations)))
     return fields | {name: fields[name].isoformat() for name in _TIMES if fields[name] is not None}
 
 
