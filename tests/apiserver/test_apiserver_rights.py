@@ -143,7 +143,7 @@ class NodeRun:
                 break
             if any(error.verb == "update" for error in self._refusals):  # the plugin can write neither
                 break
-        lease["spec"]["holderIdentity"] = "somebody-else"
+        lease["spec"] |= {"holderIdentity": "somebody-else", "leaseTransitions": lease["spec"]["leaseTransitions"] + 1}
         await self._admin.request("update", f"{LEASES}/{device_id}", resource="leases", body=lease)
 
     async def _until_reported(self) -> None:
