@@ -4,7 +4,19 @@ from dataclasses import replace
 
 import pytest
 
-from tests.simulation.cluster_rig import Cluster, agent, cluster, key, one_stick, pod, resource, server, spec, stick
+from tests.simulation.cluster_rig import (
+    Cluster,
+    agent,
+    cluster,
+    key,
+    one_stick,
+    pod,
+    reason,
+    resource,
+    server,
+    spec,
+    stick,
+)
 from tests.simulation.test_reload import reload
 from usbip_plugin.locks import record
 from usbip_plugin.locks.kept import MAX_OF_SERVER
@@ -73,3 +85,19 @@ async def test_a_server_that_is_added_is_polled_when_its_locks_are_known() -> No
         lists = [devices for full, devices in node.kubelet.seen.lists if full == c.full("stick")]
         assert not any(devices.get(held.id) for devices in lists), "never offered"
         assert c.health(node)[key(first, "1-1").id], "other servers do not wait"
+
+
+@stepped
+async def test_a_pods_device_of_a_former_server_is_known_to_a_new_process_though_another_node_has_its_lock() -> None:
+    """The list of the locks leaves it out: no configuration names its server, and this node does not hold it."""
+    async with one_stick() as (c, lab, device):
+        node = await c.taken(device)
+        node.kill()
+        lease = c.backend.leases[device.id]
+        c.backend.replace(replace(lease, holder="node-z", transitions=lease.transitions + 1))
+        lab.drop(device.busid)
+        assert await c.settle(lambda: not node.attached(), 5)
+        reload(c, resource("other", [server("other", stick("1-1"))]))
+        node.start()
+        assert await c.settle(lambda: reason(node, device) is Reason.LOCK_LOST, 30), reason(node, device)
+        assert c.health(node) == {device.id: False}, "the kubelet does not forget what its pod has"

@@ -15,7 +15,7 @@ from usbip_plugin.attach.release import Releaser
 from usbip_plugin.attach.tasks import DeviceTasks
 from usbip_plugin.claims import Claim, ClaimEvent, ClaimState, DeviceUser
 from usbip_plugin.context import NodeContext
-from usbip_plugin.errors import CdiError, LockError, VhciError
+from usbip_plugin.errors import CdiError, KubeError, LockError, VhciError
 from usbip_plugin.locks.manager import LockManager
 from usbip_plugin.model import DeviceKey, Lock, NodeIdentity, UsbId
 from usbip_plugin.observe.spans import device_attributes, pod_attributes, span
@@ -85,6 +85,8 @@ class Adopter:
         self._monitor = monitor
         self._left: dict[str, str | None] = {}
         """By device ID: the other boot whose lock this process has released last."""
+        self._recorded: dict[DeviceKey, None] = {}
+        """The devices whose port records the previous process left. Their servers may no longer be configured."""
 
     async def adopt(self, used: Mapping[str, DeviceUser], *, complete: bool, also_lost: bool) -> None:
         """Adopts every device that belongs to this node by the locks and the port records.
@@ -103,7 +105,13 @@ class Adopter:
             ports = ()
         found = list(self._locks.mine())
         if also_lost:
+            self._recorded.update((p.record, None) for p in ports if p.record is not None and p.by_plugin)
             locks = self._locks.locks
+            if self._locks.ready.is_set():
+                # left out of the list if another node holds it and its server is no longer configured
+                with contextlib.suppress(KubeError):
+                    for device_id in sorted(used.keys() - locks.keys()):
+                        await self._locks.look_up(device_id)
             # a device that a person has attached with the usbip tool is left alone
             left = {port.record.id: port.record for port in ports if port.record is not None and port.by_plugin}
             found += [locks[i] for i in sorted(used.keys() | left) if i in locks and locks[i].holder != self._me.node]
@@ -125,11 +133,13 @@ class Adopter:
 
     async def _forget_ended(self, ports: Sequence[PortState]) -> None:
         """Removes the port records of attachments that ended unnoticed and whose locks no longer name this node."""
-        for lock in tuple(self._locks.locks.values()):
-            key = lock.key
-            if key is None or lock.holder == self._me.node or self._tasks.book.in_use(lock.device_id):
+        locks = self._locks.locks
+        locked = [lock.key for lock in tuple(locks.values()) if lock.key is not None]
+        for key in dict.fromkeys((*self._recorded, *locked)):
+            mine = key.id in locks and locks[key.id].holder == self._me.node
+            if mine or self._tasks.book.in_use(key.id) or self._tasks.mutex(key.id).locked():
                 continue
-            if own_port(key, ports, None) is None and not self._tasks.mutex(lock.device_id).locked():
+            if own_port(key, ports, None) is None:
                 await self._driver.forget(key)
 
     def _is_orphan(self, in_place_of: str) -> bool:

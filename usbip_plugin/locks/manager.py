@@ -387,6 +387,11 @@ class LockManager:
         for callback in tuple(self._api_subscribers):
             callback(state)
 
+    async def look_up(self, device_id: str) -> None:
+        """Reads a lock, and keeps it in `locks` until the next list, whatever its server. Raises KubeError."""
+        async with self._device_lock(device_id):
+            await self._writer.read(device_id)
+
     async def _settle(self, device_id: str) -> None:
         """Reads a lock of which a list and an own call, under way at the same time, have shown different records."""
         async with self._device_lock(device_id):
