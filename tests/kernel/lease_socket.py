@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import fields as fields_of
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,10 @@ _TIMES = ("acquire_time", "renew_time")
 
 
 def pack(lease: Lease) -> dict[str, Any]:
-    fields = asdict(replace(lease, labels=dict(lease.labels), annotations=dict(lease.annotations)))
+    values = {field.name: getattr(lease, field.name) for field in fields_of(lease)}
+    fields: dict[str, Any] = {
+        name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()
+    }
     return fields | {name: fields[name].isoformat() for name in _TIMES if fields[name] is not None}
 
 
