@@ -28,7 +28,7 @@ PYTHONS := $(PYTHON) python3.13 python3.12 python3.11 python3.14 python3
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test model sim sim-moments test-page screenshot docs test-apiserver test-kernel test-kills soak-kernel test-deploy \
-	image test-image e2e tour test-kubelet test-outage soak test-node \
+	image test-image e2e tour test-kubelet test-outage soak test-node test-power \
 	bench bench-scale plots bench-kernel fuzz lint format proto constraints newest check affected nightly flakes clean
 
 help: ## this list
@@ -98,6 +98,9 @@ soak: $(VENV)/.test ## pods coming and going, plugins and kubelets restarting, f
 
 test-node: $(VENV)/.test ## the DaemonSet on a kubelet with a real vhci_hcd, in the QEMU guest (Debian, root)
 	PYTHON=$(BIN)/python tests/lab/cluster/guest.sh $(ARGS)
+
+test-power: $(VENV)/.test ## nodes and server without power, frozen or cut off: three real kernels on a bridge (Debian, root)
+	tests/lab/power/run.sh $(PYTEST) -s -p no:cacheprovider tests/power $(ARGS)
 
 check: $(VENV)/.test ## lint, and what `make test` runs on two processes: before each commit
 	@$(MAKE) --no-print-directory lint

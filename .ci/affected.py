@@ -37,6 +37,7 @@ INPUTS: dict[str, tuple[str, ...]] = {
     "test-kernel": (*DEVICES, *EXPORTER, "tests/kernel/", "tests/rigs/", "tests/lab/guest/"),
     "test-image": (*IMAGE, "tests/image/"),
     "test-node": (*DEVICES, *IMAGE, "deploy/", "tests/node/", "tests/rigs/", "tests/kernel/", "tests/lab/"),
+    "test-power": (*LOCKS, "usbip_plugin/usbip/", "tests/power/", "tests/lab/power/", "tests/lab/guest/"),
     "test-kubelet": (*OUTSIDE, *IMAGE, "usbip_plugin/attach/", "usbip_sim/", "tests/e2e/", "tests/lab/cluster/"),
     "e2e": (*IMAGE, "deploy/", "kind-config.yaml", "tests/e2e/", "tests/lab/kind/"),
     "bench": ("bench/", "tests/rigs/"),

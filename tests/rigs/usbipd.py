@@ -21,7 +21,7 @@ SERVER_MODULES = (
     "usbip-host",
 )
 PORT = 3240
-START_S = 10.0
+END_S = 10.0
 SETTLE_S = 60.0
 """Limits a wait in seconds: the guest is emulated, and slow on a busy machine."""
 STATUS_AVAILABLE = "1"  # SDEV_ST_AVAILABLE
@@ -60,7 +60,7 @@ class RealUsbipd:
         self._process = subprocess.Popen(
             command, env=self._environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        eventually(self._accepts, "usbipd accepts connections", START_S)
+        eventually(self.accepts, "usbipd accepts connections")
 
     def stop(self) -> None:
         """Terminates usbipd. Imports continue: the kernel has their sockets."""
@@ -72,7 +72,7 @@ class RealUsbipd:
     def _end(self, how: Callable[[subprocess.Popen[bytes]], None]) -> None:
         if self._process is not None:
             how(self._process)
-            self._process.wait(timeout=START_S)
+            self._process.wait(timeout=END_S)
             self._process = None
 
     @property
@@ -84,7 +84,7 @@ class RealUsbipd:
         assert self._process is not None, "usbipd is not running"
         return self._process.pid
 
-    def _accepts(self) -> bool:
+    def accepts(self) -> bool:
         try:
             socket.create_connection((self.key.host, self.key.port), timeout=1).close()
         except OSError:

@@ -68,7 +68,7 @@ def test_each_change_is_checked_by_the_targets_of_the_readme_and_in_each_real_en
     readme = re.findall(r"^make (\w+)", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert readme == ["demo", "test"]
     assert {*readme, "lint", "sim", "image", "test-image", "test-deploy"} <= targets
-    assert {"test-apiserver", "test-kernel", "test-node", "test-kubelet", "tour"} <= targets
+    assert {"test-apiserver", "test-kernel", "test-node", "test-power", "test-kubelet", "tour"} <= targets
 
 
 def test_every_target_that_tests_is_in_run_or_nightly() -> None:
@@ -87,7 +87,10 @@ def test_a_target_with_a_short_form_is_complete_in_the_nightly_list() -> None:
 
 @pytest.mark.parametrize(
     ("target", "kernel"),
-    [("test-kernel", ""), ("test-kernel", "KERNEL=6.1 "), ("test-node", ""), ("test-kubelet", ""), ("e2e", "")],
+    [
+        *(("test-kernel", ""), ("test-kernel", "KERNEL=6.1 ")),
+        *((target, "") for target in ("test-node", "test-kubelet", "test-power", "e2e")),
+    ],
 )
 def test_the_nightly_list_has_all_parts_of_a_tier(target: str, kernel: str) -> None:
     commands = [unit for unit in units() if f"make {target} " in unit and ("KERNEL=" in unit) == bool(kernel)]

@@ -1,5 +1,5 @@
 #!/bin/bash
-# run.sh [-u] [-N] [-r] [-w DIR]... [-m MB] [-t SECONDS] [-q 'QEMU ARGUMENTS'] [-k IMAGE] 'COMMAND'
+# run.sh [-u] [-N] [-r] [-C] [-w DIR]... [-m MB] [-t SECONDS] [-q 'QEMU ARGUMENTS'] [-k IMAGE] 'COMMAND'
 #
 # Boots a Debian kernel with vhci_hcd in QEMU (emulation: needs no /dev/kvm) on top of this machine's root file system,
 # runs the command as root with bash in the current directory, prints its output and exits with its exit status.
@@ -7,17 +7,19 @@
 #   -u  plug in the USB devices of usb_devices below      -w  share a directory read-write under the same path
 #   -N  a network in which this machine's 127.0.0.1 is 10.0.2.2
 #   -r  the guest's clock is this machine's; without it, it counts instructions (see below)
+#   -C  compile.sh has run
 #   -m  memory (1024)      -t  time limit (300)           -q  more QEMU arguments      -k  an image made by setup.sh
 # A test that takes longer than TEST_SECONDS (300 of the guest's) ends the tests, and its name and stacks are printed.
 # In the guest, GUEST_TOOLS is the root of the `usbip` package, and /vmrun is a directory both sides see.
 # KEEP=DIR keeps console, dmesg and disk images there.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
-image= memory=1024 limit=300 usb= real= network=none shares=() extra=()
-while getopts uNrw:m:t:q:k: option; do
+image= memory=1024 limit=300 usb= real= compiled= network=none shares=() extra=()
+while getopts uNrCw:m:t:q:k: option; do
   case $option in
     u) usb=1 ;;
     r) real=1 ;;
+    C) compiled=1 ;;
     N) network=user,model=virtio-net-pci,ipv6=off ;;
     w) shares+=("$(realpath "$OPTARG")") ;;
     m) memory=$OPTARG ;;
@@ -29,7 +31,7 @@ while getopts uNrw:m:t:q:k: option; do
 done
 shift $((OPTIND - 1))
 image=${image:-$("$here/setup.sh")}
-"$here/compile.sh"
+[ -n "$compiled" ] || "$here/compile.sh"
 
 run=$(mktemp -d "${TMPDIR:-/var/tmp}/usbip-guest.XXXXXX")
 trap '[ -z "${KEEP:-}" ] || cp -r "$run/." "$KEEP"; rm -rf "$run"' EXIT
@@ -80,14 +82,17 @@ done
 #   counted, shift=1:  73 s of the guest's time (31 busy), 136 s of processor, green
 #   this machine's (-r): 300-480 s of the guest's time, 125-146 s of processor; red at load 20: allocateTimeout passed
 # Counting costs no more processor time.
-clock=(-accel tcg,thread=single,tb-size=256 -icount "shift=${ICOUNT:-0},align=off,sleep=on")
-[ -z "$real" ] || clock=(-accel tcg,thread=multi,tb-size=256)
+clock=(-accel tcg,thread=single,tb-size=256 -icount "shift=${ICOUNT:-0},align=off,sleep=on") source=tsc=reliable
+# With this machine's clock: the kernel measures the rates of TSC and APIC timer at boot, and on a busy machine it finds them
+# wrong (a guest's clock ran at twice the rate). The HPET tells its own.
+[ -z "$real" ] || { clock=(-accel tcg,thread=multi,tb-size=256); source='tsc=unstable clocksource=hpet nolapic_timer'; }
+# no_timer_check: at boot the kernel waits for ten ticks of the timer, panics without them, and a busy machine gives none
 emulation=0
 timeout -k 5 "$limit" qemu-system-x86_64 \
   "${clock[@]}" -cpu max -smp 1 -m "$memory" \
   -machine q35,usb=off -nodefaults -no-reboot -display none -monitor none \
   -kernel "$image/vmlinux" -initrd "$image/initrd.cpio" \
-  -append "console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=reliable" \
+  -append "console=ttyS0 quiet panic=-1 mitigations=off nokaslr no_timer_check $source" \
   -serial "file:$run/console" \
   -device virtio-serial-pci -add-fd fd=3,set=1 -chardev file,id=out,path=/dev/fdset/1,append=on \
   -device virtserialport,chardev=out,name=output,nr=9 \
