@@ -19,7 +19,8 @@ from importlib.metadata import Distribution, distributions
 def package(found: Distribution) -> dict[str, object]:
     """Returns the SPDX package of an installed distribution."""
     name = re.sub(r"[-_.]+", "-", found.metadata["Name"]).lower()
-    declared = found.metadata.get("License-Expression") or "NOASSERTION"
+    stated = "License-Expression" in found.metadata
+    declared = found.metadata["License-Expression"] if stated else "NOASSERTION"
     purl = {"referenceCategory": "PACKAGE-MANAGER", "referenceType": "purl"}
     return {
         "SPDXID": f"SPDXRef-{name}",
