@@ -22,7 +22,7 @@ T = TypeVar("T")
 ROOT = Path(__file__).parents[2]
 RUN = ROOT / "tests" / "lab" / "guest" / "run.sh"
 MEMORY_MB = 640
-LIFE_S = 3600
+LIFE_S = 4 * 3600
 """Seconds after which a guest is ended, whatever happens."""
 BOOT_S = 180.0
 """Seconds until the guest's process answers, on a busy machine."""

@@ -81,8 +81,9 @@ class Lab:
                     tasks.create_task(self.start_node(node))
             tasks.create_task(self.start_server(kind))
         async with asyncio.TaskGroup() as tasks:
-            for node in self.nodes:
-                for resource in SERIALS:
+            for resource in SERIALS:
+                tasks.create_task(self.locks.until_held(self.server.key(resource), "", SETTLE_S))
+                for node in self.nodes:
                     tasks.create_task(self.until_offered(node, resource, SETTLE_S))
         print(f"power: {kind.value}: ready after {time.monotonic() - began:.1f} s", flush=True)
 

@@ -66,8 +66,8 @@ class LocksView:
         async with asyncio.timeout(PATIENCE_S):
             await self.changed.until(lambda: self.pod(key) == pod)
 
-    async def until_held(self, key: DeviceKey, holder: str) -> float:
+    async def until_held(self, key: DeviceKey, holder: str, limit: float = PATIENCE_S) -> float:
         """Waits until the lock has this holder, "" for none. Returns when."""
-        async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.timeout(limit):
             await self.changed.until(lambda: self.holder(key) == holder)
         return time.monotonic()

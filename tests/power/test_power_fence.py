@@ -38,7 +38,9 @@ async def frozen_before_import(lab: Lab, node: Node) -> tuple[float, asyncio.Tas
 
 @pytest.mark.parametrize("kind", [ServerKind.EXPORTER], ids=lambda kind: kind.value, indirect=True)
 async def test_a_late_import_is_refused_though_the_device_is_free(lab: Lab, kind: ServerKind) -> None:
+    key = lab.server.key(STICK)
     frozen, late = await frozen_before_import(lab, lab.a)
+    await lab.b.until(lambda: lab.b.health_of(STICK, key) is False, "the device is withdrawn")
     took = await lab.until_offered(lab.b, STICK) - frozen
     lab.note(f"{kind.value}: a node frozen between lock and import: offered elsewhere after", took)
     assert took <= TAKEOVER_S + EMULATED_S
