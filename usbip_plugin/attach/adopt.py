@@ -135,7 +135,8 @@ class Adopter:
         """Removes the port records of attachments that ended unnoticed and whose locks no longer name this node."""
         locks = self._locks.locks
         locked = [lock.key for lock in tuple(locks.values()) if lock.key is not None]
-        for key in dict.fromkeys((*self._recorded, *locked)):
+        recorded = self._recorded if self._locks.ready.is_set() else ()  # before that, their locks may name this node
+        for key in dict.fromkeys((*recorded, *locked)):
             mine = key.id in locks and locks[key.id].holder == self._me.node
             if mine or self._tasks.book.in_use(key.id) or self._tasks.mutex(key.id).locked():
                 continue
