@@ -19,7 +19,7 @@ from usbip_plugin.exporter.gate import Refusal
 from usbip_plugin.exporter.names import HostNames, find_names
 from usbip_plugin.kube.client import connect
 from usbip_plugin.locks.kubernetes import KubernetesLeases
-from usbip_plugin.locks.record import ChangeType, Lease, LeaseChange, LeaseList, LeaseStore, lock_of
+from usbip_plugin.locks.record import ChangeType, Lease, LeaseChange, LeaseStore, lock_of
 from usbip_plugin.locks.watch import (
     ApiReachability,
     ApiState,
@@ -226,8 +226,9 @@ class _OwnLocks(LockCache):
         own = change.lease is not None and self._is_own(change.lease)
         super().apply(change if own else LeaseChange(ChangeType.BOOKMARK, change.resource_version, None))
 
-    def reset(self, listing: LeaseList) -> None:
-        super().reset(LeaseList(tuple(filter(self._is_own, listing.items)), listing.resource_version))
+    def begin_list(self) -> Callable[[Lease], bool]:
+        keep = super().begin_list()
+        return lambda lease: self._is_own(lease) and keep(lease)
 
     def _is_own(self, lease: Lease) -> bool:
         key = lock_of(lease).key

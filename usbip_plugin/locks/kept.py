@@ -61,12 +61,12 @@ class LockCounts:
         self._all += number
 
     def has_room(self, lease: Lease, servers: int) -> bool:
-        """Returns whether one more lock may be kept. servers: how many servers share the room."""
+        """Returns whether one more lock may be kept. servers: how many servers share the room; 0 if any number may."""
         server, held = record.server_of(lease), lease.holder != ""
         of_kind, of_server = self._of[server, held], self._of[server, True] + self._of[server, False]
         if of_kind >= MAX_OF_SERVER or of_server >= 2 * MAX_OF_SERVER:
             return False
-        return self._all < MAX_KEPT or of_server < MAX_KEPT // max(1, servers)
+        return self._all < MAX_KEPT or (servers > 0 and of_server < MAX_KEPT // servers)
 
 
 class LockFilter:

@@ -15,6 +15,7 @@ from tests.rigs.tasks import background, virtual_with
 from usbip_plugin.config.export import WhenApiIsAway
 from usbip_plugin.errors import KubeForbidden, KubeUnreachable
 from usbip_plugin.exporter.fence import READ_S, LeaseGate, decide_import, may_keep
+from usbip_plugin.locks.kept import MAX_KEPT
 from usbip_plugin.locks.protocol import LockMeta, Write, decide_acquire, released
 from usbip_plugin.locks.record import Lease
 from usbip_plugin.model import DeviceKey, Endpoint, Lock, NodeIdentity, ServerKey
@@ -239,6 +240,17 @@ async def test_each_name_of_the_exporter_has_a_lock_and_other_servers_have_none(
     rig.store.resume()
     await rig.watched()
     assert await rig.admitted(A, "1-3")
+
+
+@on_gate
+async def test_any_number_of_locks_of_other_servers_leaves_room_for_its_own(rig: Rig) -> None:
+    last_in_list = max((DeviceKey(PI, f"1-{port}") for port in range(1, 100)), key=lambda key: key.id)
+    rig.store.cut()
+    for number in range(2 * MAX_KEPT):
+        rig.take("node-b", B, DeviceKey(ServerKey(f"other-{number}"), "1-1"))
+    rig.take("node-a", A, last_in_list)
+    await asyncio.sleep(60)
+    assert [lock.key for lock in rig.gate._cache.locks.values()] == [last_in_list]
 
 
 @on_gate

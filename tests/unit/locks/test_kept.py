@@ -95,6 +95,11 @@ def test_with_many_servers_the_number_of_all_is_bounded_and_each_has_its_share()
     assert sum(one.key is not None and one.key.server == servers[-1] for one in cache.locks.values()) == 30
 
 
+def test_a_cache_of_all_servers_is_bounded_however_many_servers_locks_name() -> None:
+    cache = LockCache(lambda _change: None)
+    assert kept(cache, *(lock(ServerKey(f"server-{number}"), 1) for number in range(2 * MAX_KEPT))) == MAX_KEPT
+
+
 def test_ignored_locks_are_counted_as_they_come_and_go() -> None:
     cache = LockCache(lambda _change: None, following(OURS))
     kept(cache, *locks(THEIRS, 10))
