@@ -21,13 +21,16 @@ SECONDS := 10
 SHARD :=
 # of `make affected`: the revision that a change is compared with
 BASE :=
+# the environment of `make site`, and what the site is made of
+SITE := $(or $(USBIP_PLUGIN_CACHE),$(HOME)/.cache/usbip-plugin)/site
+PAGES := README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md CODE_OF_CONDUCT.md LICENSE docs examples deploy contrib
 
 # PYTHON=/path/to/python chooses the interpreter; without it the first of these that runs and is new enough
 PYTHONS := $(PYTHON) python3.13 python3.12 python3.11 python3.14 python3
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test model sim sim-moments test-page screenshot docs test-apiserver test-kernel test-kills soak-kernel test-deploy \
+.PHONY: help demo test model sim sim-moments test-page screenshot docs site cast test-apiserver test-kernel test-kills soak-kernel test-deploy \
 	image test-image e2e tour test-kubelet test-outage soak test-node test-power \
 	bench bench-scale plots bench-kernel fuzz lint format proto constraints newest check affected nightly flakes clean
 
@@ -57,6 +60,18 @@ screenshot: $(VENV)/.test ## docs/status-page.png: the status page of a node on 
 
 docs: $(VENV)/.runtime ## write what is generated in docs/reference from the code
 	$(BIN)/python docs/generate.py
+
+site: | $(VENV)/bin/python ## the documents as a site, in build/site; fails for a link that leads nowhere
+	@cmp -s docs/constraints.txt $(SITE)/constraints.txt || { \
+		echo "installing mkdocs-material"; rm -rf $(SITE); $(BIN)/python -m venv $(SITE) && \
+		$(SITE)/bin/pip --disable-pip-version-check --quiet install --no-deps -r docs/constraints.txt && \
+		cp docs/constraints.txt $(SITE)/constraints.txt; }
+	@rm -rf build/pages && mkdir -p build/pages && for path in $(PAGES); do ln -s ../../$$path build/pages/; done
+	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --quiet
+	@! grep -rlF --include='*.html' '```' build/site || { echo "a code block in a list is not indented by 4 spaces" >&2; exit 1; }
+
+cast: $(VENV)/.runtime ## docs/demo.cast and docs/demo.svg: `make demo`, recorded
+	$(BIN)/python docs/cast.py docs/demo.cast docs/demo.svg
 
 test-apiserver: $(VENV)/.test ## lock tests against a real kube-apiserver and etcd (built once from Go modules)
 	$(PYTEST) tests/apiserver $(ARGS)

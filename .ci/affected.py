@@ -31,6 +31,7 @@ IMAGE = ("Dockerfile", ".dockerignore", "tests/lab/image/")
 INPUTS: dict[str, tuple[str, ...]] = {
     # it plays whole agents
     "sim": ("usbip_plugin/", "usbip_sim/", "tests/simulation/"),
+    "site": ("docs/", "examples/", "README.md", "mkdocs.yml"),
     "test-page": ("usbip_plugin/observe/", "tests/page/"),
     "test-deploy": ("release/", ".github/", "deploy/", "rbac/", "examples/", "tests/deploy/", "tests/rigs/"),
     "test-apiserver": (*LOCKS, *OUTSIDE, "tests/apiserver/", "tests/rigs/", "tests/lab/cluster/build.sh"),

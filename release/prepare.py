@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CHART = "deploy/helm/usbip-plugin"
 _REPOSITORY = re.compile(r"https://[A-Za-z0-9.-]+(/[A-Za-z0-9._-]+)+")
 _IMAGE = re.compile(r"[a-z0-9.-]+(:[0-9]+)?(/[a-z0-9._-]+)+")
-_RELATIVE_LINK = re.compile(r"(!?\[[^\]]*\]\()(?!https?://|#)([^)]+\))")
+_RELATIVE_LINK = re.compile(r"(?P<image>!?)(\[[^\]]*\]\()(?!https?://|#)([^)]+\))")
 
 
 class Unusable(Exception):
@@ -58,14 +58,13 @@ def prepare(root: Path, repository: str, image: str, tag: str) -> None:
         f'Documentation = "{repository}/tree/{tag}/docs"\nChangelog = "{repository}/blob/{tag}/CHANGELOG.md"\n\n'
     )
     _edit(root / "pyproject.toml", lambda text: text.replace("[project.scripts]", urls + "[project.scripts]", 1))
-    links = rf"\g<1>{repository}/blob/{tag}/\g<2>"
-    # the long description on the package index, where relative links lead nowhere; images need the file itself
-    _edit(
-        root / "README.md",
-        lambda text: _RELATIVE_LINK.sub(links, text).replace(
-            f"({repository}/blob/{tag}/docs/status-page.png)", f"({repository}/raw/{tag}/docs/status-page.png)"
-        ),
-    )
+
+    def link(found: re.Match[str]) -> str:
+        # an image needs the file itself
+        return f"{found[1]}{found[2]}{repository}/{'raw' if found['image'] else 'blob'}/{tag}/{found[3]}"
+
+    # the long description on the package index, where relative links lead nowhere
+    _edit(root / "README.md", lambda text: _RELATIVE_LINK.sub(link, text))
     chart = f"home: {repository}\nsources: [{repository}]\nicon: {repository}/raw/{tag}/docs/icon.svg\n"
     images = f"  artifacthub.io/images: |\n    - name: usbip-plugin\n      image: {image}:{version(root)}\n"
     _edit(

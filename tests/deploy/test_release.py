@@ -78,6 +78,8 @@ def test_the_packages_have_the_projects_pages_and_no_relative_link(prepared: Pat
     assert "](docs/" not in readme
     assert "](CONTRIBUTING.md)" not in readme
     assert f"]({REPOSITORY}/blob/{TAG}/docs/howto/install.md)" in readme
+    assert f"]({REPOSITORY}/raw/{TAG}/docs/architecture.svg)" in readme
+    assert f"]({REPOSITORY}/raw/{TAG}/docs/status-page.png)" in readme
 
 
 def test_the_packages_pass_the_indexes_check(prepared: Path, tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def test_each_change_is_checked_by_the_targets_of_the_readme_and_in_each_real_en
     targets = targets_in(sections_of_run())
     readme = re.findall(r"^make (\w+)", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert readme == ["demo", "test"]
-    assert {*readme, "lint", "sim", "image", "test-image", "test-deploy"} <= targets
+    assert {*readme, "lint", "site", "sim", "image", "test-image", "test-deploy"} <= targets
     assert {"test-apiserver", "test-kernel", "test-node", "test-power", "test-kubelet", "tour"} <= targets
 
 
@@ -148,7 +148,7 @@ def test_every_directory_of_tests_is_run() -> None:
 def test_a_change_affects_the_targets_with_its_files_as_inputs() -> None:
     affected = load(CI / "affected.py").affected
     assert affected([]) == []
-    assert affected(["docs/concepts/concepts.md"]) == ["check"]
+    assert affected(["docs/concepts/concepts.md"]) == ["check", "site"]
     assert affected(["usbip_plugin/vhci/linux.py"]) == ["check", "sim", "test-kernel", "test-node"]
     assert affected(["usbip_plugin/kubelet/pod_resources.py"]) == ["check", "sim", "test-apiserver", "test-kubelet"]
     targets = affected(["deploy/base/daemonset.yaml", "tests/page/test_page.py"])

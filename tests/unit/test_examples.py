@@ -73,7 +73,7 @@ def known_variables(resource: ResourceConfig) -> set[str]:
 
 def test_the_overview_lists_every_example() -> None:
     text = (EXAMPLES / "README.md").read_text(encoding="utf-8")
-    assert re.findall(r"^\| \[[\w-]+\]\(([\w-]+)\)", text, re.MULTILINE) == [
+    assert re.findall(r"^\| \[[\w-]+\]\(([\w-]+)/README\.md\)", text, re.MULTILINE) == [
         "3d-printer",
         "zigbee-home-assistant",
         "licence-dongle",
