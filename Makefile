@@ -1,8 +1,10 @@
 # A Python >= 3.11 is all that `make demo` and `make test` need. Everything goes into .venv and nothing outside of it.
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-INSTALL := $(PIP) install -c constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# on a terminal, pip shows its progress
+QUIET := $(if $(MAKE_TERMOUT),,--quiet)
+INSTALL := $(PIP) install $(QUIET) -c constraints.txt
 PYTEST := $(BIN)/python -m pytest
 # longest time for the tests in the guest, which is emulated
 GUEST_SECONDS := 1200

@@ -29,6 +29,7 @@ from usbip_plugin.vhci.driver import VhciDriver
 from usbip_plugin.vhci.linux import SysfsVhci
 from usbip_plugin.vhci.uevents import NetlinkUevents
 from usbip_sim.kernel.ports import SimulatedKernel
+from usbip_sim.screen import Screen
 from usbip_sim.server.server import VirtualServer
 from usbip_sim.server.usbdevice import VirtualDevice
 from usbip_sim.trace_tree import tree
@@ -49,20 +50,22 @@ A real kernel needs 0.3 s to enumerate a device, and several times that under em
 """
 STEP_TIMEOUT = 15.0
 DEMO_TIMEOUT = 120.0
+PLAIN = Screen()
 
 
-async def run(say: Callable[[str], None], *, real_kernel: bool = False) -> bool:
-    """Runs the whole demo, which takes about 15 s. Returns True if every promise held.
+async def run(say: Callable[[str], None], *, real_kernel: bool = False, screen: Screen = PLAIN) -> bool:
+    """Runs the whole demo, which takes about 8 s. Returns True if every promise held.
 
     Raises DriverMissing if real_kernel is set and vhci_hcd is not loaded.
 
     say: called with each line of output as it happens.
     real_kernel: both nodes use this machine's vhci_hcd, as in kind; needs root.
+    screen: where the lines are shown.
     """
     with tempfile.TemporaryDirectory(prefix="usbip-") as directory:
         make_driver = _real_driver(Path(directory)) if real_kernel else None
         async with asyncio.timeout(DEMO_TIMEOUT):
-            return await _Demo(say, Path(directory), make_driver).run()
+            return await _Demo(say, screen, Path(directory), make_driver).run()
 
 
 def _real_driver(directory: Path) -> Callable[[str, SimulatedKernel], VhciDriver]:
@@ -74,10 +77,11 @@ class _Demo:
     def __init__(
         self,
         say: Callable[[str], None],
+        screen: Screen,
         directory: Path,
         make_driver: Callable[[str, SimulatedKernel], VhciDriver] | None,
     ) -> None:
-        self._say, self._directory, self._make_driver = say, directory, make_driver
+        self._say, self._screen, self._directory, self._make_driver = say, screen, directory, make_driver
         self._results: list[bool] = []
         self._patience = 1 if make_driver is None else REAL_KERNEL_FACTOR
         self._spans = RecentSpans()
@@ -99,13 +103,14 @@ class _Demo:
             make_tracer=self._tracer,
             make_driver=self._make_driver,
         )
-        self._say(f"Two nodes, one device: {DONGLE} at {self._key}, offered as usbip.dev/{RESOURCE} = {self._key.id}\n")
+        device = f"{DONGLE} at {self._key}, offered as usbip.dev/{RESOURCE}"
+        self._say(self._screen.wrapped(f"Two nodes, one device: {device}"))
         try:
             async with running(self._directory, ("node-a", "node-b"), setup) as world:
                 a, b = world["node-a"], world["node-b"]
-                self._say("1. Both nodes register and offer the device")
+                self._step("1. Both nodes register and offer the device")
                 await asyncio.gather(self._health(a, healthy=True), self._health(b, healthy=True))
-                self._check("Healthy in both kubelets", holds=True, evidence="registered over unix sockets")
+                self._check("Healthy in both kubelets", holds=True, evidence="over unix sockets")
                 await self._allocate(a, b)
                 await self._denied(b)
                 await self._server_lost(a)
@@ -121,7 +126,10 @@ class _Demo:
 
     def _check(self, promise: str, *, holds: bool, evidence: str) -> None:
         self._results.append(holds)
-        self._say(f"  {'ok  ' if holds else 'FAIL'}  {promise:<58} {evidence}")
+        self._say(self._screen.outcome(promise, evidence, holds=holds))
+
+    def _step(self, title: str) -> None:
+        self._say("\n" + self._screen.heading(title))
 
     async def _health(self, node: SimNode, *, healthy: bool) -> float:
         """Waits until the node's kubelet has the device as healthy or unhealthy. Returns when, by perf_counter()."""
@@ -129,7 +137,7 @@ class _Demo:
         return time.perf_counter()
 
     async def _allocate(self, a: SimNode, b: SimNode) -> None:
-        self._say("\n2. A pod on node-a requests the device")
+        self._step("2. A pod on node-a requests the device")
         withdrawn = asyncio.create_task(self._health(b, healthy=False))
         began = time.perf_counter()
         allocation = (await a.admit(PodRef("default", "reader"), {RESOURCE: 1}))["app", a.resource(RESOURCE)]
@@ -149,7 +157,7 @@ class _Demo:
         self._check("one importer at the server", holds=self._server.importers(BUSID) == 1, evidence="exclusive")
 
     async def _denied(self, b: SimNode) -> None:
-        self._say("\n3. The kubelet on node-b allocates the device from an outdated list")
+        self._step("3. The kubelet on node-b allocates the device from an outdated list")
         promise = "Allocate is denied and names the holder"
         try:
             await _raw_allocate(b, self._key.id)
@@ -160,7 +168,7 @@ class _Demo:
             self._check(promise, holds=False, evidence="the device was allocated twice")
 
     async def _server_lost(self, a: SimNode) -> None:
-        self._say("\n4. The USB/IP server stops and starts again")
+        self._step("4. The USB/IP server stops and starts again")
         began = time.perf_counter()
         await self._server.stop()
         lost = await self._health(a, healthy=False)
@@ -172,7 +180,7 @@ class _Demo:
         self._check("the plugin re-attaches the device", holds=again - back <= 5.0, evidence=f"{again - back:.2f} s")
 
     async def _plugin_restart(self, a: SimNode) -> None:
-        self._say("\n5. The plugin on node-a restarts while the pod uses the device")
+        self._step("5. The plugin on node-a restarts while the pod uses the device")
         registered = len(a.kubelet.seen.registrations)
         await a.stop()
         agent = a.start()
@@ -184,9 +192,7 @@ class _Demo:
         async with asyncio.timeout(STEP_TIMEOUT):  # the agent must find the pod again after each Allocate
             await a.advertised.until(lambda: self._key.id in claims and claims[self._key.id].pod is not None)
         adopted = claims[self._key.id].state is ClaimState.ATTACHED
-        self._check(
-            "adopted: Healthy and attached, no new import", holds=adopted, evidence="lock, port and record agree"
-        )
+        self._check("adopted: Healthy and attached, no new import", holds=adopted, evidence="by lock, port, record")
         devices = again.container_responses[0].devices
         self._check(
             "a second Allocate returns the same device",
@@ -195,7 +201,7 @@ class _Demo:
         )
 
     async def _pod_end(self, a: SimNode, b: SimNode) -> None:
-        self._say("\n6. The pod ends")
+        self._step("6. The pod ends")
         began = time.perf_counter()
         a.end(PodRef("default", "reader"))
         free = await self._health(b, healthy=True)
@@ -203,7 +209,7 @@ class _Demo:
         self._check_holder("the lock is released, the Lease is kept", a, "")
 
     async def _node_death(self, a: SimNode, b: SimNode) -> None:
-        self._say("\n7. node-a takes the device again and dies; node-b takes over")
+        self._step("7. node-a takes the device again and dies; node-b takes over")
         await self._health(a, healthy=True)
         withdrawn = asyncio.create_task(self._health(b, healthy=False))
         await a.admit(PodRef("default", "doomed"), {RESOURCE: 1})
@@ -230,22 +236,24 @@ class _Demo:
         self._check(promise, holds=holder == expected, evidence=f"holder {holder or 'none'}")
 
     def _table(self, *nodes: SimNode) -> None:
-        self._say("\nThe device as each node reports it now")
-        self._say(f"  {'NODE':<8} {'DEVICE':<28} {'STATE':<10} REASON")
+        self._step("The device as each node reports it now")
+        self._say(f"  {'NODE':<8} {'DEVICE':<23} {'STATE':<10} REASON")
         for node in nodes:
             if node.agent is None:
                 continue
             for device in node.agent.inventory.advertised.get(RESOURCE, ()):
                 state = "Healthy" if device.health.healthy else "Unhealthy"
                 reason = device.health.detail or device.health.reason.value
-                self._say(f"  {node.name:<8} {device.key!s:<28} {state:<10} {reason}")
+                line = f"  {node.name:<8} {device.key!s:<23} {state:<10} {reason}"
+                self._say(self._screen.wrapped(line, " " * 46))
 
     def _summary(self) -> bool:
-        self._say("\nThe trace of the first Allocate, across both nodes")
+        self._step("The trace of the first Allocate, across both nodes")
         for line in tree(self._trace()).splitlines():
-            self._say(f"  {line}")
+            self._say(self._screen.cut(f"  {line}"))
         total, held = len(self._results), sum(self._results)
-        self._say(f"\n{held} of {total} promises held" + ("" if held == total else f"; {total - held} did not"))
+        text = f"{held} of {total} promises held" + ("" if held == total else f"; {total - held} did not")
+        self._say("\n" + self._screen.verdict(text, holds=held == total))
         return held == total
 
     def _trace(self) -> tuple[SpanRecord, ...]:

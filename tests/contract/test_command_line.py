@@ -26,6 +26,7 @@ from usbip_plugin.locks.record import LOCK_LABELS, SESSION_LABELS, Lease, sessio
 from usbip_plugin.model import DeviceKey, ServerKey, UsbId
 from usbip_plugin.usbip.client import TcpUsbipClient
 from usbip_sim.leases import MemoryBackend
+from usbip_sim.screen import Screen
 from usbip_sim.server.server import VirtualServer
 from usbip_sim.server.usbdevice import VirtualDevice
 
@@ -495,8 +496,9 @@ def test_completion_prints_the_script_for_each_shell(shell: str, capsys: pytest.
 def test_demo_exits_with_its_outcome(monkeypatch: pytest.MonkeyPatch, went_well: bool, status: Exit) -> None:
     drivers: list[bool] = []
 
-    async def run(say: object, *, real_kernel: bool) -> bool:
+    async def run(say: object, *, real_kernel: bool, screen: object) -> bool:
         assert say is print
+        assert screen == Screen(), "neither coloured nor cut, since it is not a terminal"
         drivers.append(real_kernel)
         return went_well
 

@@ -100,8 +100,10 @@ def _simulate(options: argparse.Namespace) -> int:
 
     if options.command == "demo":
         set_up_logging("none", sys.stderr)
-        demo = importlib.import_module("usbip_sim.demo")
-        return Exit.DONE if asyncio.run(demo.run(print, real_kernel=options.real_kernel)) else Exit.PROBLEM
+        demo, screen = (importlib.import_module(f"usbip_sim.{name}") for name in ("demo", "screen"))
+        shown = screen.Screen.of(sys.stdout, os.environ)
+        held = asyncio.run(demo.run(print, real_kernel=options.real_kernel, screen=shown))
+        return Exit.DONE if held else Exit.PROBLEM
     set_up_logging(options.log_level, sys.stdout, json_lines=True)
     commands = importlib.import_module("usbip_sim.commands")
     if options.simulated == "kernel":
