@@ -17,6 +17,7 @@ from log_calls import log_calls
 from prometheus_client.registry import CollectorRegistry
 from reasons import ALLOCATES, DEVICES, linked
 from reference import FIELDS, KINDS, Key, export_keys, keys
+from spans import SPANS, span_kinds
 
 from usbip_plugin.attach.events import EventKind, Reattach, Regarding
 from usbip_plugin.claims import ClaimState
@@ -201,6 +202,13 @@ def _codes(texts: Iterable[object]) -> str:
     return ", ".join(map(_code, dict.fromkeys(texts)))
 
 
+def span_table() -> str:
+    """Returns the Markdown table of the spans, in the order of a hold."""
+    kinds = span_kinds()
+    rows = ((_code(name), kinds[name], text.attributes, text.meaning) for name, text in SPANS.items())
+    return _table(("span", "kind", "attributes", "meaning"), rows)
+
+
 def kind_table() -> str:
     """Returns the Markdown table of the kinds of device nodes, in the order in which the plugin chooses a main node."""
     rows = ((_code(name), KINDS[name].nodes, KINDS[name].driver, KINDS[name].expected) for name in schema.CHILD_KINDS)
@@ -256,6 +264,7 @@ def wanted() -> dict[Path, str]:
         | {name: _argument_table(command) for name, command in _commands(parser())},
         "reference/events.md": {"events": event_table()},
         "reference/logs.md": {"log lines": log_table()},
+        "reference/tracing.md": {"spans": span_table()},
         "reference/reasons.md": {"devices": device_reason_table(), "allocates": allocate_reason_table()},
     }
     if sys.platform == "linux":  # elsewhere prometheus_client has no metrics of the process

@@ -28,6 +28,7 @@ CHECKED = (
     "examples/**/README.md",
     "docs/reference.py",
     "docs/reasons.py",
+    "docs/spans.py",
     "usbip_plugin/**/*.py",
     "usbip_sim/**/*.py",
 )
