@@ -69,8 +69,7 @@ site: | $(VENV)/bin/python ## the documents as a site, in build/site; fails for 
 		$(SITE)/bin/pip --disable-pip-version-check --quiet install --no-deps -r docs/constraints.txt && \
 		cp docs/constraints.txt $(SITE)/constraints.txt; }
 	@rm -rf build/pages && mkdir -p build/pages && for path in $(PAGES); do ln -s ../../$$path build/pages/; done
-	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --quiet
-	@! grep -rlF --include='*.html' '```' build/site || { echo "a code block in a list is not indented by 4 spaces" >&2; exit 1; }
+	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --strict
 
 cast: $(VENV)/.runtime ## docs/demo.cast and docs/demo.svg: `make demo`, recorded
 	$(BIN)/python docs/cast.py docs/demo.cast docs/demo.svg

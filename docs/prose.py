@@ -70,6 +70,7 @@ _WORDS = [(re.compile(rf"\b(?:{pattern})\b", re.IGNORECASE), instead) for patter
 
 _INVERTED = re.compile(r"(Neither|Nor|So (is|are|does|do|has|was|were)|What|Who|Whoever|Whose|Which)\b.*[^?]$")
 _LEFT_OUT = re.compile(r"^( *)```.*?^\1```|<!-- generated.*?<!-- end.*?-->|<!--.*?-->", re.DOTALL | re.MULTILINE)
+_FENCE = re.compile(r"^ {1,3}```", re.MULTILINE)
 _CODE = re.compile(r"(`+)[^`]+\1")
 _TARGET = re.compile(r"(?<=\])\([^)\s]+\)")
 _ITEM = re.compile(r"[\s>]*(?:(?:[-*+]|\d+\.)\s+)?(?:\*\*[^*]+\*\*)?\s*")
@@ -83,6 +84,8 @@ Finding = tuple[int, str]
 
 def document(text: str) -> Iterator[Finding]:
     """Yields what is wrong in a Markdown document."""
+    for fence in _FENCE.finditer(text):
+        yield text.count("\n", 0, fence.start()) + 1, "a code block in a list: indent it by 4 spaces for the site"
     text = _LEFT_OUT.sub(lambda part: re.sub(r"[^\n]", " ", part[0]), text)
     text = _TARGET.sub("", _CODE.sub(lambda code: "`" + "x" * (len(code[0]) - 2) + "`", text))
     yield from _public(re.sub(r"^#.*", "", text, flags=re.MULTILINE))

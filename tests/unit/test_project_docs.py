@@ -71,6 +71,23 @@ def test_the_configurations_in_the_documents_are_valid_without_a_warning(documen
         assert parse_config(block).warnings == ()
 
 
+def test_the_gitops_guide_names_the_chart_and_values_that_it_has() -> None:
+    text = (ROOT / "docs/howto/gitops.md").read_text(encoding="utf-8")
+    objects = [
+        item for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL) for item in yaml.safe_load_all(block)
+    ]
+    by_kind = {item["kind"]: item["spec"] for item in objects}
+    application, release = by_kind["Application"]["source"], by_kind["HelmRelease"]
+    assert application["path"] == release["chart"]["spec"]["chart"]
+    chart = ROOT / application["path"]
+    known = yaml.safe_load((chart / "values.yaml").read_text(encoding="utf-8"))
+    for values in application["helm"]["valuesObject"], release["values"]:
+        assert values.keys() <= known.keys()
+        assert values["image"].keys() <= known["image"].keys()
+        assert not parse_config(values["config"]).config.resources
+    assert release["chart"]["spec"]["sourceRef"]["kind"] in by_kind
+
+
 def test_the_exporters_files_in_the_documents_are_valid_without_a_warning() -> None:
     pattern = re.compile(r"^ *```yaml\n( *export:\n.*?)```", re.DOTALL | re.MULTILINE)
     blocks = [block for document in DOCUMENTS for block in pattern.findall(document.read_text(encoding="utf-8"))]

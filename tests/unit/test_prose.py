@@ -48,6 +48,7 @@ def test_good_prose_passes() -> None:
         ("| a | " + "long" * 30 + " |", 1, "120 characters"),
         ("A " + "long" * 30 + " line.", 1, "128 characters"),
         ("One.\n\nIt is very good.", 3, "weasel_words"),
+        ("1. A step:\n\n   ```sh\n   make\n   ```", 3, "indent it by 4 spaces"),
     ],
 )
 def test_a_problem_is_found_in_its_line(text: str, line: int, problem: str) -> None:
