@@ -71,6 +71,12 @@ def test_the_configurations_in_the_documents_are_valid_without_a_warning(documen
         assert parse_config(block).warnings == ()
 
 
+def test_every_document_is_in_the_navigation_of_the_site() -> None:
+    listed = re.findall(r"^ +- (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert {str(document.relative_to(ROOT)) for document in DOCUMENTS} <= set(listed)
+    assert len(set(listed)) == len(listed)
+
+
 def test_the_gitops_guide_names_the_chart_and_values_that_it_has() -> None:
     text = (ROOT / "docs/howto/gitops.md").read_text(encoding="utf-8")
     objects = [
