@@ -71,6 +71,13 @@ def test_the_configurations_in_the_documents_are_valid_without_a_warning(documen
         assert parse_config(block).warnings == ()
 
 
+def test_the_first_screen_of_the_readme_ends_with_an_install() -> None:
+    screen = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()[:40]
+    assert screen[2].startswith("A Kubernetes device plugin for USB devices")
+    assert any(line.startswith("helm install usbip-plugin") for line in screen)
+    assert "## Is it for you?" in screen
+
+
 def test_every_document_is_in_the_navigation_of_the_site() -> None:
     listed = re.findall(r"^ +- (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
     assert {str(document.relative_to(ROOT)) for document in DOCUMENTS} <= set(listed)
