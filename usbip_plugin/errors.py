@@ -51,7 +51,10 @@ class PluginError(Exception):
 
 
 class ConfigError(PluginError):
-    """A configuration that cannot be used. problems: one line for each problem, with its place in the file."""
+    """A configuration that cannot be used.
+
+    problems: one line for each problem, with its place in the file; ConfigProblem if it is about a file's text.
+    """
 
     def __init__(self, source: str, problems: Sequence[str]) -> None:
         self.problems = tuple(problems)

@@ -27,7 +27,7 @@ from usbip_plugin.config.schema import (
     DEFAULT_POD_RESOURCES_SOCKET,
     Config,
 )
-from usbip_plugin.observe.http import split_addresses
+from usbip_plugin.observe.listen import split_addresses
 from usbip_plugin.observe.liveness import Verdict
 from usbip_plugin.observe.pages import probe_pages
 from usbip_plugin.vhci import linux

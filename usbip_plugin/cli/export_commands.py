@@ -32,7 +32,7 @@ def export(options: argparse.Namespace) -> int:
 
     with gc_paused(), no_default_roots():
         from usbip_plugin.exporter.daemon import Options, run_blocking  # noqa: PLC0415
-        from usbip_plugin.observe.http import split_listen  # noqa: PLC0415
+        from usbip_plugin.observe.listen import split_listen  # noqa: PLC0415
         from usbip_plugin.observe.logs import set_up_logging  # noqa: PLC0415
 
     for flag, address in (("--listen", options.listen), ("--http", options.http)):
@@ -77,7 +77,7 @@ def exported(options: argparse.Namespace) -> int:
 
 def _ask(address: str) -> dict[str, Any] | None:
     """Returns what the exporter answers; None if none answers."""
-    from usbip_plugin.observe.http import split_listen  # noqa: PLC0415
+    from usbip_plugin.observe.listen import split_listen  # noqa: PLC0415
 
     try:
         host, port = split_listen(address)

@@ -85,6 +85,10 @@ def _run(options: argparse.Namespace) -> int:
 
             command = {"devices": devices, "explain": explain, "release": release, "prune": prune}[options.command]
             return asyncio.run(command(options))
+        case "validate":
+            from usbip_plugin.cli.validate import validate  # noqa: PLC0415
+
+            return validate(options)
         case "completion":
             from usbip_plugin.cli.completion import script  # noqa: PLC0415
 

@@ -114,7 +114,7 @@ def _driver_of(options: argparse.Namespace) -> MakeDriver:
 
 
 def _addresses(flag: str, listen: str) -> str:
-    from usbip_plugin.observe.http import split_addresses  # noqa: PLC0415
+    from usbip_plugin.observe.listen import split_addresses  # noqa: PLC0415
 
     try:
         if listen:

@@ -64,6 +64,8 @@ MAX_CONTROLLERS = 15
 SHELLS = ("bash", "zsh", "fish")
 FORMATS = ("table", "wide", "json", "yaml", "name")
 TEXT_FORMATS = ("text", "json", "yaml")
+STDIN = "-"
+"""The FILE of `validate` that stands for standard input."""
 DEVICE = "DEVICE"
 DEVICE_HELP = (
     "its ID, SERVER/BUSID, bus ID, serial number, a resource that selects no other device, or a unique prefix of any "
@@ -115,6 +117,8 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     _config_lookup_flags(prune)
     prune.add_argument("--dry-run", action="store_true", help="only show what would be removed")
     prune.add_argument("-y", "--yes", action="store_true", help="do not ask for confirmation")
+
+    _validate_flags(commands)
 
     check = commands.add_parser("check", help="check whether this node can run the plugin")
     _node_flags(check)
@@ -178,6 +182,24 @@ def _exporter_flags(commands: argparse._SubParsersAction[argparse.ArgumentParser
         )
         kept = "directory of the file that names the clients of exported devices (default %(default)s)"
         command.add_argument("--state-directory", metavar="DIR", type=Path, default=state, help=kept)
+
+
+def _validate_flags(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    validate = commands.add_parser(
+        "validate",
+        help="check configuration files before they are applied",
+        description="Checks configurations of the plugin or the exporter, and connects to nothing. A FILE is a "
+        f"configuration or a manifest with ConfigMaps, {STDIN} standard input. Exits with 2 if one is not valid.",
+    )
+    validate.add_argument("file", metavar="FILE", nargs="+", help=f"configuration or manifest; {STDIN} for stdin")
+    form = "output format (default %(default)s)"
+    validate.add_argument("-o", "--output", choices=("text", "json"), default="text", help=form)
+    _extras_flag(validate)
+
+
+def _extras_flag(command: argparse.ArgumentParser) -> None:
+    extras = f"device nodes that `extras` may name, separated by commas (default {','.join(DEFAULT_ALLOW_EXTRAS)})"
+    command.add_argument("--allow-extras", metavar="GLOB,...", type=_globs, default=DEFAULT_ALLOW_EXTRAS, help=extras)
 
 
 def _log_flags(command: argparse.ArgumentParser) -> None:
@@ -268,8 +290,7 @@ def _node_flags(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--plugin-directory", metavar="DIR", help=f"device-plugin directory (default {DEFAULT_PLUGIN_DIRECTORY})")
     add("--pod-resources-socket", metavar="FILE", help=f"pod-resources socket (default {DEFAULT_POD_RESOURCES_SOCKET})")
-    extras = f"device nodes that `extras` may name, separated by commas (default {','.join(DEFAULT_ALLOW_EXTRAS)})"
-    add("--allow-extras", metavar="GLOB,...", type=_globs, default=DEFAULT_ALLOW_EXTRAS, help=extras)
+    _extras_flag(command)
     specs = "directory from which the container runtime reads CDI specs (default %(default)s)"
     add("--cdi-directory", metavar="DIR", type=Path, default=Path(DEFAULT_CDI_DIRECTORY), help=specs)
     kernel = "development only: the socket of `simulate kernel`, instead of vhci_hcd; attaches no device"

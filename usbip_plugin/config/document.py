@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -10,10 +11,12 @@ from typing import Concatenate, Generic, ParamSpec, TypeVar
 
 import yaml
 
+from usbip_plugin.config.problems import ConfigProblem
 from usbip_plugin.errors import ConfigError
 
 MAX_FILE_BYTES = 1024 * 1024
 """Bytes of a configuration file."""
+TOO_LARGE = f"must not be larger than {MAX_FILE_BYTES // 1024} KiB"
 MAX_DEPTH = 16
 """Levels of nested mappings and lists."""
 MAX_NODES = 50_000
@@ -52,9 +55,9 @@ class Problems:
     errors: int = 0
     """Number of errors so far, including those that are not kept."""
     _warned: int = 0
-    _errors: list[tuple[int, str]] = field(default_factory=list)
-    _warnings: list[tuple[int, str]] = field(default_factory=list)
-    _hints: list[tuple[int, str]] = field(default_factory=list)
+    _errors: list[tuple[int, ConfigProblem]] = field(default_factory=list)
+    _warnings: list[tuple[int, ConfigProblem]] = field(default_factory=list)
+    _hints: list[tuple[int, ConfigProblem]] = field(default_factory=list)
 
     def error(self, node: Node, text: str) -> None:
         self.errors += 1
@@ -73,7 +76,7 @@ class Problems:
         return self.errors <= MAX_PROBLEMS and self._warned <= MAX_PROBLEMS
 
     @property
-    def warnings(self) -> tuple[str, ...]:
+    def warnings(self) -> tuple[ConfigProblem, ...]:
         """The warnings in the order of the file's lines, cut at MAX_PROBLEMS."""
         return self._cut(self._warnings, self._warned)
 
@@ -82,14 +85,13 @@ class Problems:
         if self._errors:
             raise ConfigError(self.source, self._cut([*self._errors, *self._hints], self.errors + len(self._hints)))
 
-    def _keep(self, kept: list[tuple[int, str]], node: Node, text: str) -> None:
+    def _keep(self, kept: list[tuple[int, ConfigProblem]], node: Node, text: str) -> None:
         if len(kept) < MAX_KEPT:
-            path = f"{node.path}: " if node.path else ""
-            kept.append((node.line, f"{self.source}:{node.line}: {path}{text}"))
+            kept.append((node.line, ConfigProblem(self.source, text, line=node.line, path=node.path)))
 
-    def _cut(self, kept: list[tuple[int, str]], count: int) -> tuple[str, ...]:
-        lines = [text for _, text in sorted(kept, key=itemgetter(0))[:MAX_PROBLEMS]]
-        return (*lines, f"{self.source}: and {count - len(lines)} more") if count > len(lines) else tuple(lines)
+    def _cut(self, kept: list[tuple[int, ConfigProblem]], count: int) -> tuple[ConfigProblem, ...]:
+        lines = tuple(problem for _, problem in sorted(kept, key=itemgetter(0))[:MAX_PROBLEMS])
+        return (*lines, ConfigProblem(self.source, f"and {count - len(lines)} more")) if count > len(lines) else lines
 
 
 def normal_key(key: str) -> str:
@@ -180,41 +182,65 @@ class Node:
         return list(values.values())
 
 
+def decoded(data: bytes, source: str) -> str:
+    """Returns a file's text. Raises ConfigError if it is not UTF-8."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise _refused(source, "must be UTF-8 text", line) from error
+
+
 def read_document(text: str, source: str) -> Node | None:
     """Returns the root node of the single YAML document in text, or None if the text is empty.
 
     Raises ConfigError if the text is not valid YAML or exceeds a bound. Before it builds any tree, refuses more than
     MAX_FILE_BYTES, nesting beyond MAX_DEPTH and more than MAX_NODES nodes.
     """
-    try:
-        size = len(text.encode())
-    except UnicodeEncodeError as error:
-        raise ConfigError(source, [f"{source}: not valid Unicode text"]) from error
-    if size > MAX_FILE_BYTES:
-        raise ConfigError(source, [f"{source}: must not be larger than {MAX_FILE_BYTES // 1024} KiB"])
-    try:
-        _check_events(text, source)
+    with _yaml_errors(source):
+        _check_size(text, source)
         root = yaml.compose(text, Loader=_Loader)
+    return None if root is None else _bounded(root, source)
+
+
+def read_documents(text: str, source: str) -> tuple[Node, ...]:
+    """Returns the root nodes of all YAML documents in text but empty ones. Raises ConfigError as read_document()."""
+    with _yaml_errors(source):
+        _check_size(text, source)
+        roots = [root for root in yaml.compose_all(text, Loader=_Loader) if root is not None]
+    return tuple(_bounded(root, source) for root in roots)
+
+
+@contextlib.contextmanager
+def _yaml_errors(source: str) -> Iterator[None]:
+    """Turns an error of PyYAML into a ConfigError with its line."""
+    try:
+        yield
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
         what = " ".join(shown(part) for part in (error.context, error.problem) if part)
         if "cannot start any token" in what:
             what += "; indent with spaces, not tabs, and quote a value that begins with @ or `"
-        raise ConfigError(source, [f"{source}:{line}: not valid YAML: {what}"]) from error
+        raise _refused(source, f"not valid YAML: {what}", line) from error
     except yaml.YAMLError as error:
-        what = shown(" ".join(str(error).split()))
-        raise ConfigError(source, [f"{source}: not valid YAML: {what}"]) from error
-    if root is None:
-        return None
-    _check_expanded(root, source)
-    return Node(root, "", root.start_mark.line + 1)
+        raise _refused(source, f"not valid YAML: {shown(' '.join(str(error).split()))}") from error
 
 
-def _check_events(text: str, source: str) -> None:
+def _refused(source: str, text: str, line: int | None = None) -> ConfigError:
+    return ConfigError(source, [ConfigProblem(source, text, line=line)])
+
+
+def _check_size(text: str, source: str) -> None:
     """Raises ConfigError for nesting and sizes that must be refused before yaml.compose() runs, which recurses."""
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError as error:
+        raise _refused(source, "not valid Unicode text") from error
+    if size > MAX_FILE_BYTES:
+        raise _refused(source, TOO_LARGE)
     if text.count("%TAG") > MAX_TAG_DIRECTIVES:
-        raise ConfigError(source, [f"{source}: more than {MAX_TAG_DIRECTIVES} %TAG directives"])
+        raise _refused(source, f"more than {MAX_TAG_DIRECTIVES} %TAG directives")
     depth = 0
     for count, event in enumerate(yaml.parse(text, Loader=_Loader)):
         line = event.start_mark.line + 1 if event.start_mark else 1
@@ -223,13 +249,13 @@ def _check_events(text: str, source: str) -> None:
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
         if depth > MAX_DEPTH:
-            raise ConfigError(source, [f"{source}:{line}: nested deeper than {MAX_DEPTH} levels"])
+            raise _refused(source, f"nested deeper than {MAX_DEPTH} levels", line)
         if count > 2 * MAX_NODES:
-            raise ConfigError(source, [f"{source}:{line}: more than {MAX_NODES} values"])
+            raise _refused(source, f"more than {MAX_NODES} values", line)
 
 
-def _check_expanded(root: yaml.Node, source: str) -> None:
-    """Raises ConfigError for aliases that expand to more than MAX_NODES nodes or that contain themselves."""
+def _bounded(root: yaml.Node, source: str) -> Node:
+    """Returns the root. Raises ConfigError if aliases expand to more than MAX_NODES nodes or contain themselves."""
     stack = [(root, 0)]
     count = 0
     while stack:
@@ -237,11 +263,12 @@ def _check_expanded(root: yaml.Node, source: str) -> None:
         count += 1
         if count > MAX_NODES or depth > 2 * MAX_DEPTH:
             line = node.start_mark.line + 1
-            raise ConfigError(source, [f"{source}:{line}: aliases expand to too many values; write the values out"])
+            raise _refused(source, "aliases expand to too many values; write the values out", line)
         if isinstance(node, yaml.SequenceNode):
             stack.extend((child, depth + 1) for child in node.value)
         elif isinstance(node, yaml.MappingNode):
             stack.extend((child, depth + 1) for pair in node.value for child in pair)
+    return Node(root, "", root.start_mark.line + 1)
 
 
 _CLOSE = 0.74  # least similarity of two keys (0 to 1, by difflib) at which one counts as a misspelling of the other

@@ -8,7 +8,16 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from usbip_plugin.config import scalars
-from usbip_plugin.config.document import Fields, Node, Parsed, Problems, Unknown, read_document, read_fields
+from usbip_plugin.config.document import (
+    Fields,
+    Node,
+    Parsed,
+    Problems,
+    Unknown,
+    read_document,
+    read_fields,
+)
+from usbip_plugin.config.problems import ConfigProblem
 from usbip_plugin.config.schema import Selector
 from usbip_plugin.config.selectors import read_selector
 from usbip_plugin.errors import ConfigError
@@ -66,7 +75,9 @@ def parse_export(text: str, source: str = "export.yaml") -> Parsed[ExportConfig]
     """Returns the configuration in YAML text. Raises ConfigError with all problems found. source: for messages."""
     root = read_document(text, source)
     if root is None or root.empty:
-        raise ConfigError(source, [f"{source}: empty file; add export, or write export: [] to export nothing"])
+        raise ConfigError(
+            source, [ConfigProblem(source, "empty file; add export, or write export: [] to export nothing")]
+        )
     problems = Problems(source)
     top = read_fields(root, problems, EXPORT_KEYS, Unknown.ERROR) or Fields()
     if root.is_mapping and "export" not in top:

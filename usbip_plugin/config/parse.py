@@ -7,10 +7,21 @@ import re
 from collections.abc import Sequence
 
 from usbip_plugin.config import scalars, schema
-from usbip_plugin.config.document import Fields, Node, Parsed, Problems, Unknown, read_document, read_fields, shown
+from usbip_plugin.config.document import (
+    Fields,
+    Node,
+    Parsed,
+    Problems,
+    Unknown,
+    read_document,
+    read_fields,
+    shown,
+)
+from usbip_plugin.config.problems import ConfigProblem
 from usbip_plugin.config.selectors import read_device, report_overlaps
 from usbip_plugin.errors import ConfigError
 from usbip_plugin.model import valid_kind
+from usbip_plugin.observe.listen import split_addresses
 
 MAX_TEMPLATES = 8  # path templates of one resource
 MAX_KINDS = 32  # kinds of device nodes in `children` of one resource; a webcam with a microphone has 4
@@ -21,6 +32,8 @@ MAX_DEVICES = 1024
 The time to check for overlaps grows with the square of this number.
 """
 
+NO_RESOURCES = "add resources, or write resources: {} for none"
+NOT_AN_OBJECT = "this is a Kubernetes object; the configuration is the text in its data"
 PERMISSIONS_NEED_CDI = (
     "needs cdi: true in the same resource. Without CDI, device nodes keep the mode, user and group of the host; add "
     "that group to the pod's securityContext.supplementalGroups"
@@ -62,11 +75,12 @@ def parse_config(
     """
     root = read_document(text, source)
     if root is None or root.empty:
-        raise ConfigError(source, [f"{source}: empty file; add resources, or write resources: {{}} for none"])
+        raise ConfigError(source, [ConfigProblem(source, f"empty file; {NO_RESOURCES}")])
     problems = Problems(source)
     top = read_fields(root, problems, TOP_KEYS, Unknown.WARN) or Fields()
     if root.is_mapping and "resources" not in top:
-        problems.error(root, "resources is missing; add resources, or write resources: {} for none")
+        is_object = any(key == "kind" for key, _ in root.pairs(Problems(source)))
+        problems.error(root, f"resources is missing; {NOT_AN_OBJECT if is_object else NO_RESOURCES}")
     allocate_timeout = top.read(
         "allocateTimeout",
         problems,
@@ -110,6 +124,11 @@ def _settings(fields: Fields, problems: Problems) -> schema.FileSettings:
     if level is not None and level not in schema.LOG_LEVELS:
         levels = ", ".join(schema.LOG_LEVELS)
         problems.error(fields["log-level"], f"'{shown(level)}' is not a valid log level; expected one of {levels}")
+    try:
+        if values["listen"] is not None:
+            split_addresses(values["listen"])
+    except ValueError as error:
+        problems.error(fields["listen"], str(error))
     return schema.FileSettings(**values)
 
 

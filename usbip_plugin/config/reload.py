@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Generic, TypeAlias, TypeVar
 
 from usbip_plugin.clock import Clock
-from usbip_plugin.config.document import MAX_FILE_BYTES, Parsed
+from usbip_plugin.config.document import MAX_FILE_BYTES, TOO_LARGE, Parsed, decoded
 from usbip_plugin.config.parse import parse_config
+from usbip_plugin.config.problems import ConfigProblem
 from usbip_plugin.config.schema import Config
 from usbip_plugin.errors import ConfigError
 from usbip_plugin.sync import DirectoryWatch, OwnThreads
@@ -24,6 +25,8 @@ RECHECK_S = 60.0
 """Seconds between readings without events, for file systems that have none."""
 RETRY_S = 5.0
 """Seconds between readings while the file's directory cannot be watched, for instance because it is missing."""
+# O_NONBLOCK: a pipe in place of the file must not hang the plugin. Windows, which runs the command line, has O_BINARY
+_OPEN = os.O_RDONLY | sum(getattr(os, flag, 0) for flag in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
 
 
 C = TypeVar("C")
@@ -58,29 +61,23 @@ def load_config(path: Path) -> LoadedConfig:
 
 def _read(path: Path) -> bytes:
     try:
-        # O_NONBLOCK: a pipe in place of the file must not hang the plugin
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(path, _OPEN)
         try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise ConfigError(str(path), [f"{path}: must be a regular file"])
+                raise ConfigError(str(path), [ConfigProblem(str(path), "must be a regular file")])
             with os.fdopen(descriptor, "rb", closefd=False) as file:
                 data = file.read(MAX_FILE_BYTES + 1)
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise ConfigError(str(path), [f"{path}: cannot be read: {error.strerror}"]) from error
+        raise ConfigError(str(path), [ConfigProblem(str(path), f"cannot be read: {error.strerror}")]) from error
     if len(data) > MAX_FILE_BYTES:
-        raise ConfigError(str(path), [f"{path}: must not be larger than {MAX_FILE_BYTES // 1024} KiB"])
+        raise ConfigError(str(path), [ConfigProblem(str(path), TOO_LARGE)])
     return data
 
 
 def _parse(path: Path, data: bytes, parse: Parse[C]) -> Loaded[C]:
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ConfigError(str(path), [f"{path}:{line}: must be UTF-8 text"]) from error
-    parsed = parse(text, str(path))
+    parsed = parse(decoded(data, str(path)), str(path))
     return Loaded(parsed.config, parsed.warnings, hashlib.sha256(data).digest())
 
 

@@ -28,7 +28,8 @@ from usbip_plugin.exporter.report import ExportedRow, ExportState, exported_rows
 from usbip_plugin.exporter.server import Dropped, ExportServer, listen
 from usbip_plugin.exporter.state import Export, StateFile
 from usbip_plugin.exporter.sysfs import SysfsHost
-from usbip_plugin.observe.http import Answer, HttpServer, PageHandler, split_listen
+from usbip_plugin.observe.http import Answer, HttpServer, PageHandler
+from usbip_plugin.observe.listen import split_listen
 from usbip_plugin.observe.liveness import Loop, Verdict, liveness
 from usbip_plugin.observe.pages import JSON, Paced, probe_pages
 from usbip_plugin.sync import leaves, start_task

@@ -43,7 +43,7 @@ def complete(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 
 
 COMMANDS = [
-    *("devices", "explain", "release", "prune", "check", "run", "export", "exported"),
+    *("devices", "explain", "release", "prune", "validate", "check", "run", "export", "exported"),
     *("completion", "demo", "simulate"),
 ]
 

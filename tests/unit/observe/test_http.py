@@ -34,8 +34,8 @@ from usbip_plugin.observe.http import (
     is_served,
     parse_request,
     peer_of,
-    split_addresses,
 )
+from usbip_plugin.observe.listen import split_addresses
 from usbip_plugin.observe.liveness import Verdict
 from usbip_plugin.observe.logs import LINES, PACKAGES, set_up_logging
 from usbip_plugin.observe.pages import probe_pages
