@@ -48,6 +48,7 @@ HOST_PATHS = {
     "usbip-exporter": {"/sys/bus/usb", "/sys/devices", DEFAULT_STATE_DIRECTORY},
     "usbip-simulated-kernel": {RECORDS, "/dev"},
     "usbip-server": set(),
+    "usbip-plugin-validate": set(),
 }
 ON_THE_HOST = ("usbip-plugin", "usbip-exporter")
 """Workloads in the host's network, with a token of the API server."""
@@ -57,6 +58,7 @@ CAPABILITIES = {
     "load-module": {"SYS_CHROOT", "SYS_MODULE"},
     "kernel": {"MKNOD"},
     "server": set(),
+    "validate": set(),
 }
 
 
@@ -88,7 +90,7 @@ def test_the_command_lines_are_valid(tools: Tools, host_ip: str, capsys: pytest.
                 assert_served(container, {"http": options.listen, "probes": options.probes}, host_ip)
             if options.command == "export":
                 assert_served(container, {"usbip": options.listen, "http": options.http}, host_ip)
-    assert commands == {"run", "simulate", "export"}
+    assert commands == {"run", "simulate", "export", "validate"}
 
 
 def test_the_plugin_and_the_exporter_run_on_one_node(tools: Tools) -> None:

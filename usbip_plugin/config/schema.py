@@ -23,7 +23,7 @@ MAX_VALUE = 128
 _EVERY = frozenset({"kind", "name"})
 _CHILDREN = frozenset({"number", "interface"})
 _DISTINCT = frozenset({"index", "name", "busid", "serial"})
-_OUTSIDE = frozenset({"busid", "serial", "manufacturer", "model"})
+FIELDS_OF_DEVICE = frozenset({"busid", "serial", "manufacturer", "model"})
 """Fields whose values the device or its server chooses."""
 _FIELD = re.compile(r"\{([^{}]*)\}")
 _UNSAFE = re.compile(r"[^0-9A-Za-z._-]")
@@ -70,7 +70,7 @@ def template_problem(template: str) -> str | None:
     if set(_FIELD.sub("", template)) & set("{}"):
         return f"{shown(template)} has an unmatched brace"
     for part in template.split("/"):
-        chosen = next((name for name in _FIELD.findall(part) if name in _OUTSIDE), None)
+        chosen = next((name for name in _FIELD.findall(part) if name in FIELDS_OF_DEVICE), None)
         if chosen is not None and not _FIELD.sub("", part):
             return f"{{{chosen}}} needs text beside it, as in usb-{part}: the device could take another file's name"
     return None
