@@ -60,7 +60,7 @@ test-page: $(VENV)/.test ## the status page in a real browser (Chromium)
 screenshot: $(VENV)/.test ## docs/status-page.png: the status page of a node on which much has happened (Chromium)
 	$(BIN)/python -m tests.page.screenshot docs/status-page.png $(ARGS)
 
-docs: $(VENV)/.runtime ## write what is generated in docs/reference from the code
+docs: $(VENV)/.runtime ## write what is generated in docs/reference and the chart from the code
 	$(BIN)/python docs/generate.py
 
 site: | $(VENV)/bin/python ## the documents as a site, in build/site; fails for a link that leads nowhere
@@ -73,6 +73,9 @@ site: | $(VENV)/bin/python ## the documents as a site, in build/site; fails for 
 
 cast: $(VENV)/.runtime ## docs/demo.cast and docs/demo.svg: `make demo`, recorded
 	$(BIN)/python docs/cast.py docs/demo.cast docs/demo.svg
+
+chart-readme: ## write the chart's README from its values.yaml, with helm-docs (built once from Go modules)
+	@$$(tests/lab/cluster/build.sh release)/helm-docs --log-level error --sort-values-order file -c deploy/helm/usbip-plugin
 
 test-apiserver: $(VENV)/.test ## lock tests against a real kube-apiserver and etcd (built once from Go modules)
 	$(PYTEST) tests/apiserver $(ARGS)

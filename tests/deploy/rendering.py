@@ -20,7 +20,7 @@ KUBERNETES = "1.37"
 """Version for which `helm template` renders without a cluster."""
 RENDER_S = 60.0
 
-VARIANTS = ("base", "evict", "exporter", "kind", "modules", "monitoring", "tracing")
+VARIANTS = ("base", "evict", "exporter", "kind", "modules", "monitoring", "openshift", "tracing")
 """Variants, each with a directory for kustomize, and default values or ci/NAME-values.yaml for Helm."""
 
 Object = dict[str, Any]
@@ -41,7 +41,7 @@ def find_tool(name: str, group: str) -> Path:
 
 
 def find_crd(name: str) -> Path:
-    """Returns a resource definition of the Prometheus operator, or raises LookupError."""
+    """Returns a resource definition of the Prometheus operator or OpenShift, or raises LookupError."""
     file = _cache() / "crds" / f"{name}.yaml"
     if not file.exists():
         msg = f"{file} is missing; fetch it: tests/lab/cluster/build.sh promtool"
@@ -69,7 +69,7 @@ class Tools:
         self._helm = helm
         self.kustomize, self.chart = functools.cache(self._kustomize), functools.cache(self._chart)
 
-    def _kustomize(self, directory: Path) -> Objects:
+    def _kustomize(self, directory: Path | str) -> Objects:
         return by_name(run([self.kubectl, "kustomize", directory]).stdout)
 
     def helm(self, *arguments: str, namespace: str = NAMESPACE) -> subprocess.CompletedProcess[str]:

@@ -40,11 +40,15 @@ def kubectl(tools: Tools, kubeconfig: Path) -> Kubectl:
 
 
 @pytest.fixture(scope="session")
-def operator_kinds(kubectl: Kubectl) -> None:
-    """Installs the kinds of the Prometheus operator with their schemas."""
-    for name in ("podmonitors", "prometheusrules"):
+def foreign_kinds(kubectl: Kubectl) -> None:
+    """Installs the kinds of the Prometheus operator and OpenShift with their schemas."""
+    for name, group in (
+        ("podmonitors", "monitoring.coreos.com"),
+        ("prometheusrules", "monitoring.coreos.com"),
+        ("securitycontextconstraints", "security.openshift.io"),
+    ):
         kubectl("apply", "--server-side", "-f", find_crd(name))
-        kubectl("wait", "--for=condition=Established", f"crd/{name}.monitoring.coreos.com", f"--timeout={APPLY_S:g}s")
+        kubectl("wait", "--for=condition=Established", f"crd/{name}.{group}", f"--timeout={APPLY_S:g}s")
 
 
 @pytest.fixture(scope="session")
@@ -64,7 +68,7 @@ def test_one_command_installs(installed: str, tools: Tools, kubectl: Kubectl) ->
     assert [line for line in again if not line.endswith(" unchanged")] == [], "the API server changes no field"
 
 
-@pytest.mark.usefixtures("installed", "operator_kinds")
+@pytest.mark.usefixtures("installed", "foreign_kinds")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_api_server_accepts_every_object(tools: Tools, kubectl: Kubectl, variant: str) -> None:
     for objects in (tools.kustomize(kustomize_directory(variant)), tools.chart(*chart_values(variant))):
@@ -97,14 +101,19 @@ def test_the_namespace_admits_host_paths_whatever_the_clusters_default(kubectl: 
     assert namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "privileged"
 
 
-@pytest.mark.usefixtures("installed", "operator_kinds")
-def test_the_api_server_rejects_an_unknown_field_of_a_pod_or_an_alert(tools: Tools, kubectl: Kubectl) -> None:
+@pytest.mark.usefixtures("installed", "foreign_kinds")
+def test_the_api_server_rejects_an_unknown_field(tools: Tools, kubectl: Kubectl) -> None:
     objects = tools.kustomize(kustomize_directory("monitoring"))
     daemon_set = copy.deepcopy(objects["apps/v1", "DaemonSet", NAMESPACE, "usbip-plugin"])
     daemon_set["spec"]["template"]["spec"]["hostNetwrok"] = True
     rule = copy.deepcopy(objects["monitoring.coreos.com/v1", "PrometheusRule", NAMESPACE, "usbip-plugin"])
     rule["spec"]["groups"][0]["rules"][0]["expression"] = "1"
-    for found, field in (daemon_set, "hostNetwrok"), (rule, "expression"):
+    overlay = tools.kustomize(kustomize_directory("openshift"))
+    constraints = {
+        **overlay["security.openshift.io/v1", "SecurityContextConstraints", "", "usbip-plugin"],
+        "allowHostNetwrok": True,
+    }
+    for found, field in (daemon_set, "hostNetwrok"), (rule, "expression"), (constraints, "allowHostNetwrok"):
         with pytest.raises(AssertionError, match=rf"unknown field.*{field}"):
             kubectl("apply", "--dry-run=server", "-f", "-", objects=[found])
 

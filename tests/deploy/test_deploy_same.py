@@ -6,6 +6,7 @@ import copy
 import os
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -21,19 +22,27 @@ from tests.deploy.rendering import (
     Objects,
     Tools,
     chart_values,
+    find_tool,
     kustomize_directory,
+    run,
 )
 from usbip_plugin import __version__
 
 RBAC = ROOT / "rbac"
 K0S_SOCKET = "/var/lib/k0s/kubelet/pod-resources/kubelet.sock"
+CHART_LABELS = (
+    "helm.sh/chart",
+    "app.kubernetes.io/instance",
+    "app.kubernetes.io/managed-by",
+    "app.kubernetes.io/version",
+)
 
 
 def without_helms_labels(found: Object) -> Object:
-    """Returns the object without the labels by which Helm marks it. Helm may add them nowhere else."""
+    """Returns the object without the labels that only the chart adds. Pods have none of them."""
     result = copy.deepcopy(found)
     labels = result["metadata"].get("labels", {})
-    for label in ("helm.sh/chart", "app.kubernetes.io/managed-by"):
+    for label in CHART_LABELS:
         labels.pop(label, None)
     if not labels:
         result["metadata"].pop("labels", None)
@@ -79,11 +88,36 @@ def test_all_components_together_equal_the_chart(tools: Tools, tmp_path: Path) -
     (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(own), encoding="utf-8")
     values = [
         argument
-        for variant in ("evict", "exporter", "modules", "monitoring", "tracing", "kind")
+        for variant in ("evict", "exporter", "modules", "monitoring", "openshift", "tracing", "kind")
         for argument in chart_values(variant)
     ]
     values += ["--set", f"kubelet.podResourcesSocket={K0S_SOCKET}"]
     assert_same(tools.kustomize(tmp_path), tools.chart(*values))
+
+
+@pytest.fixture(scope="module")
+def remote(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Returns the URL of a repository that has what a clone has, and nothing beside it."""
+    tree = tmp_path_factory.mktemp("remote")
+    for name in run(["git", "-C", ROOT, "ls-files", "--cached", "--others", "--exclude-standard"]).stdout.splitlines():
+        if name.startswith(("deploy/", "rbac/")) and (ROOT / name).exists():
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, tree / name)
+    git: list[str | Path] = ["git", "-C", tree, "-c", "user.name=test", "-c", "user.email=test@example.org"]
+    for arguments in ["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "-m", "all"], ["tag", "v1"]:
+        run([*git, *arguments])
+    return f"file://{tree}"
+
+
+def test_the_base_and_components_need_no_clone(tools: Tools, remote: str, tmp_path: Path) -> None:
+    assert tools.kustomize(f"{remote}//deploy?ref=v1") == tools.kustomize(DEPLOY)
+    own = {
+        "resources": [f"{remote}//deploy?ref=v1"],
+        "components": [f"{remote}//deploy/components/load-module?ref=v1", f"{remote}//deploy/monitoring?ref=v1"],
+        "images": [{"name": "usbip-plugin", "newTag": __version__}],
+    }
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(own), encoding="utf-8")
+    assert_same(tools.kustomize(tmp_path), tools.chart("--set", "loadModules.enabled=true,monitoring.enabled=true"))
 
 
 def test_another_image_reaches_every_container(tools: Tools, tmp_path: Path) -> None:
@@ -115,12 +149,34 @@ def test_kustomize_installs_all_of_rbac(tools: Tools) -> None:
 
 
 @pytest.mark.parametrize(
-    "original", ["rbac/40-admission.yaml", "deploy/monitoring/rules.yaml", "deploy/monitoring/dashboard.json"]
+    "original",
+    [
+        "rbac/40-admission.yaml",
+        "deploy/base/config.yaml",
+        "deploy/components/exporter/export.yaml",
+        "deploy/monitoring/rules.yaml",
+        "deploy/monitoring/dashboard.json",
+    ],
 )
 def test_the_charts_copy_equals_the_original(original: str) -> None:
     copied = CHART / "files" / Path(original).name
     same = copied.read_bytes() == (ROOT / original).read_bytes()
     assert same, f"cp {original} {copied.relative_to(ROOT)}"
+
+
+def test_the_charts_readme_is_fresh(tmp_path: Path) -> None:
+    copied = shutil.copytree(CHART, tmp_path / "chart")
+    run([find_tool("helm-docs", "release"), "--sort-values-order", "file", "-c", copied])
+    same = (copied / "README.md").read_bytes() == (CHART / "README.md").read_bytes()
+    assert same, "make chart-readme"
+
+
+def test_the_charts_readme_describes_every_value() -> None:
+    rows = re.findall(r"^\| (\S+) \|.*\| (.*) \|$", (CHART / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    described = {name for name, _ in rows}
+    values = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))
+    assert values.keys() <= {name.split(".")[0].split("[")[0] for name in described}
+    assert [name for name, text in rows if not text.strip()] == []
 
 
 def annotations_of_alerts(tools: Tools, *flags: str) -> dict[str, dict[str, str]]:

@@ -37,9 +37,11 @@ def status(tools: Tools, tmp_path: Path, *flags: str) -> int:
     [
         ((), Exit.DONE),
         (("--set", "config=resources: {}"), Exit.DONE),
-        (("--set", "config=resources: ["), Exit.USAGE),
+        (("--set", "config=resources: {a: b}"), Exit.USAGE),
+        (("--set-json", 'config={"resources": {"a": [{"target": {}}]}}'), Exit.USAGE),
+        (("--set-json", 'config={"resources": {}}'), Exit.DONE),
         ((*EXPORTER,), Exit.DONE),
-        ((*EXPORTER, "--set", "exporter.config=export: nothing"), Exit.USAGE),
+        ((*EXPORTER, "--set", "exporter.config=export: [nothing]"), Exit.USAGE),
         (("--set", "exporter.config=export: nothing"), Exit.DONE),
     ],
 )
@@ -47,6 +49,21 @@ def test_the_job_fails_if_a_configuration_is_not_valid(
     tools: Tools, tmp_path: Path, flags: tuple[str, ...], expected: Exit
 ) -> None:
     assert status(tools, tmp_path, *flags) == expected
+
+
+def test_the_job_checks_configmaps_of_ones_own(tools: Tools) -> None:
+    flags = ("--set", "existingConfigMap=sticks,exporter.existingConfigMap=exports")
+    (volume,) = job(tools, *EXPORTER, *flags)["spec"]["template"]["spec"]["volumes"]
+    sources = [source["configMap"] for source in volume["projected"]["sources"]]
+    assert [(source["name"], source["items"][0]["path"]) for source in sources] == [
+        ("sticks", "config.yaml"),
+        ("exports", "export.yaml"),
+    ]
+
+
+def test_openshift_chooses_the_user_of_the_job(tools: Tools) -> None:
+    pod = job(tools, "--set", "openshift.enabled=true")["spec"]["template"]["spec"]
+    assert pod["securityContext"] == {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
 
 
 def test_the_job_allows_the_extras_that_the_plugin_allows(tools: Tools, tmp_path: Path) -> None:
@@ -78,7 +95,8 @@ def test_the_jobs_pod_has_no_rights_and_nothing_of_the_node(tools: Tools) -> Non
     assert not {"hostNetwork", "hostPID", "hostIPC"} & pod.keys()
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert pod["securityContext"]["runAsUser"] > 0
-    assert [set(volume) - {"name"} for volume in pod["volumes"]] == [{"configMap"}]
+    (volume,) = pod["volumes"]
+    assert [set(source) for source in volume["projected"]["sources"]] == [{"configMap"}, {"configMap"}]
     (container,) = pod["containers"]
     assert container["securityContext"] == {
         "allowPrivilegeEscalation": False,

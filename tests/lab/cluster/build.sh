@@ -5,15 +5,15 @@
 #   nodes       the rest of a control plane, kubelet, kubectl, containerd, runc, CNI plugins
 #   kind        kind, kubeadm, kube-proxy, coredns
 #   helm        helm
-#   promtool    promtool, and the resource definitions of the Prometheus operator in ../crds
-#   release     actionlint, validate-krew-manifest
+#   promtool    promtool, and the resource definitions of the Prometheus operator and OpenShift in ../crds
+#   release     actionlint, helm-docs, validate-krew-manifest
 # Kept in the cache ($USBIP_PLUGIN_CACHE, default ~/.cache/usbip-plugin). What is missing or has another version is built from
 # Go modules: Go >= 1.26 and, for runc, libseccomp-dev and pkg-config; about 14 minutes for all groups on 2 cores from an empty
 # module cache. Takes a lock only to build, one for each group. apiserver alone may come from $KUBEBUILDER_ASSETS instead.
 # Exit status 75: something cannot be downloaded (in three tries) or built. That says nothing about the project.
 set -euo pipefail
 K8S=1.37.2 ETCD=3.7.3 CONTAINERD=2.4.2 RUNC=1.5.2 CNI=1.9.1 KIND=0.33.0 COREDNS=1.14.6 HELM=3.22.0 PROMETHEUS=0.316.0 OPERATOR=0.85.0
-ACTIONLINT=1.7.12 KREW=0.4.3
+ACTIONLINT=1.7.12 HELM_DOCS=1.14.2 KREW=0.4.3 OPENSHIFT=0.0.0-20251015095338-264e80a2b6e7
 [ $# -gt 0 ] || set -- apiserver
 if [ "$*" = apiserver ] && [ -n "${KUBEBUILDER_ASSETS:-}" ]; then
   for c in kube-apiserver etcd; do
@@ -123,6 +123,22 @@ operator_crds() {
   done
 }
 
+# openshift_crds NAME...: the first line of each has its version
+openshift_crds() {
+  local name from module=github.com/openshift/api@v$OPENSHIFT
+  for name; do
+    ! grep -qsF "# $module" "$dir/crds/$name.yaml" || continue
+    missing+=("$name.yaml")
+    [ -n "$building" ] || continue
+    need_go "$name.yaml"
+    thrice go mod download "$module"
+    from=$(go mod download -json "$module" | sed -n 's/^\t"Dir": "\(.*\)",$/\1/p')
+    mkdir -p "$dir/crds"
+    { echo "# $module"; cat "$from"/payload-manifests/crds/*_"$name.crd.yaml"; } >"$work/$name.yaml"
+    mv "$work/$name.yaml" "$dir/crds/$name.yaml"
+  done
+}
+
 # group NAME: adds to missing what the group lacks, and builds that if building is set
 group() {
   local module name v plain=(-ldflags "-s -w")
@@ -164,10 +180,13 @@ group() {
       GOFLAGS=-tags=remove_all_sd command_of promtool "github.com/prometheus/prometheus@v$PROMETHEUS" \
         github.com/prometheus/prometheus/cmd/promtool "${plain[@]}"
       operator_crds podmonitors prometheusrules
+      openshift_crds securitycontextconstraints
       ;;
     release)
       module=github.com/rhysd/actionlint
       command_of actionlint "$module@v$ACTIONLINT" "$module/cmd/actionlint" "${plain[@]}"
+      module=github.com/norwoodj/helm-docs
+      command_of helm-docs "$module@v$HELM_DOCS" "$module/cmd/helm-docs" "${plain[@]}"
       module=sigs.k8s.io/krew
       command_of validate-krew-manifest "$module@v$KREW" "$module/cmd/validate-krew-manifest" "${plain[@]}"
       ;;

@@ -1,11 +1,60 @@
-{{- define "usbip-plugin.image" -}}
-{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
+{{/* REPOSITORY@DIGEST or REPOSITORY:TAG; called with a list of the root, the repository, the digest and the tag. */}}
+{{- define "usbip-plugin.imageName" -}}
+{{- $root := index . 0 -}}
+{{- with index . 2 }}{{ index $ 1 }}@{{ . }}{{ else }}{{ index . 1 }}:{{ index . 3 | default $root.Chart.AppVersion }}{{ end -}}
 {{- end }}
 
-{{/* What Helm wants to know of an object again. */}}
+{{- define "usbip-plugin.image" -}}
+{{- include "usbip-plugin.imageName" (list . .Values.image.repository .Values.image.digest .Values.image.tag) }}
+{{- end }}
+
+{{/* The image of the exporter, by default that of the plugin. */}}
+{{- define "usbip-plugin.exporterImage" -}}
+{{- $own := .Values.exporter.image -}}
+{{- $version := .Values.image -}}
+{{- if or $own.digest $own.tag }}{{ $version = $own }}{{ end -}}
+{{- include "usbip-plugin.imageName" (list . ($own.repository | default .Values.image.repository) $version.digest $version.tag) }}
+{{- end }}
+
+{{- define "usbip-plugin.serviceAccount" -}}
+{{ .Values.serviceAccount.name | default "usbip-plugin" }}
+{{- end }}
+
+{{- define "usbip-plugin.exporterServiceAccount" -}}
+{{ .Values.exporter.serviceAccount.name | default "usbip-exporter" }}
+{{- end }}
+
+{{- define "usbip-plugin.podResourcesSocket" -}}
+{{ .Values.kubelet.podResourcesSocket | default "/var/lib/kubelet/pod-resources/kubelet.sock" }}
+{{- end }}
+
+{{- define "usbip-plugin.cdiDirectory" -}}
+{{ .Values.cdiDirectory | default "/var/run/cdi" }}
+{{- end }}
+
+{{/* Labels that the chart gives to every object besides its name. */}}
 {{- define "usbip-plugin.labels" -}}
-app.kubernetes.io/managed-by: {{ .Release.Service }}
-helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version | replace "+" "_" }}
+{{- $own := dict
+  "app.kubernetes.io/instance" .Release.Name
+  "app.kubernetes.io/managed-by" .Release.Service
+  "app.kubernetes.io/version" .Chart.AppVersion
+  "helm.sh/chart" (printf "%s-%s" .Chart.Name (.Chart.Version | replace "+" "_")) -}}
+{{- toYaml (mergeOverwrite $own (.Values.commonLabels | default dict)) }}
+{{- end }}
+
+{{/* The same of the objects of the Prometheus operator. */}}
+{{- define "usbip-plugin.monitoringLabels" -}}
+{{- $common := include "usbip-plugin.labels" . | fromYaml -}}
+{{- toYaml (mergeOverwrite $common (.Values.monitoring.labels | default dict)) }}
+{{- end }}
+
+{{/* The text of a configuration; called with a list of the root, the value (text, a mapping or none) and the default's file. */}}
+{{- define "usbip-plugin.configText" -}}
+{{- $root := index . 0 -}}
+{{- $config := index . 1 -}}
+{{- if kindIs "string" $config }}{{ $config -}}
+{{- else if $config }}{{ toYaml $config }}{{ "\n" -}}
+{{- else }}{{ $root.Files.Get (index . 2) }}{{ end -}}
 {{- end }}
 
 {{/* The same for all containers but for the capabilities; called with a list of those to add. */}}
@@ -19,10 +68,20 @@ capabilities:
   {{- end }}
 {{- end }}
 
-{{/* The image of the exporter, by default that of the plugin. */}}
-{{- define "usbip-plugin.exporterImage" -}}
-{{- $own := .Values.exporter.image -}}
-{{ $own.repository | default .Values.image.repository }}:{{ $own.tag | default .Values.image.tag | default .Chart.AppVersion }}
+{{/* securityContext of the containers of plugin and exporter. */}}
+{{- define "usbip-plugin.hostContainerSecurity" -}}
+{{- $security := deepCopy (.Values.securityContext | default dict) -}}
+{{- with .Values.appArmor }}{{ $_ := set $security "appArmorProfile" . }}{{ end -}}
+{{- toYaml $security }}
+{{- end }}
+
+{{/* securityContext of the pods of plugin and exporter. */}}
+{{- define "usbip-plugin.hostPodSecurity" -}}
+{{- $security := deepCopy (.Values.podSecurityContext | default dict) -}}
+{{- $seLinux := .Values.seLinuxOptions -}}
+{{- if and .Values.openshift.enabled (not $seLinux) }}{{ $seLinux = dict "type" "spc_t" }}{{ end -}}
+{{- with $seLinux }}{{ $_ := set $security "seLinuxOptions" . }}{{ end -}}
+{{- toYaml $security }}
 {{- end }}
 
 {{/* The init container that loads a module; called with a list of the root, the module and the image. */}}
