@@ -11,6 +11,7 @@ runs this in its own checkout, and nothing of it is committed.
 from __future__ import annotations
 
 import argparse
+import posixpath
 import re
 import sys
 from collections.abc import Callable
@@ -65,20 +66,45 @@ def prepare(root: Path, repository: str, image: str, tag: str) -> None:
 
     # the long description on the package index, where relative links lead nowhere
     _edit(root / "README.md", lambda text: _RELATIVE_LINK.sub(link, text))
-    chart = f"home: {repository}\nsources: [{repository}]\nicon: {repository}/raw/{tag}/docs/icon.svg\n"
-    images = f"  artifacthub.io/images: |\n    - name: usbip-plugin\n      image: {image}:{version(root)}\n"
+    _prepare_chart(root, repository, image, tag)
+    for kustomization in sorted(root.glob("deploy/**/kustomization.yaml")):
+        if f"    newTag: {version(root)}\n" in kustomization.read_text():
+            name = f"    newName: {image}\n    newTag: {version(root)}\n"
+            _edit(kustomization, lambda text, name=name: text.replace(f"    newTag: {version(root)}\n", name, 1))  # type: ignore[misc]
+
+
+def _prepare_chart(root: Path, repository: str, image: str, tag: str) -> None:
+    """Writes the image, the links and what Artifact Hub shows into the chart."""
+    head = f"home: {repository}\nsources: [{repository}]\nicon: {repository}/raw/{tag}/docs/icon.svg\n"
+    shown = (
+        f"  artifacthub.io/images: |\n    - name: usbip-plugin\n      image: {image}:{version(root)}\n"
+        f"  artifacthub.io/links: |\n    - name: documentation\n      url: {repository}/tree/{tag}/docs\n"
+        f"    - name: support\n      url: {repository}/issues\n"
+        "  artifacthub.io/screenshots: |\n    - title: status page of a node\n"
+        f"      url: {repository}/raw/{tag}/docs/status-page.png\n"
+    )
     _edit(
         root / CHART / "Chart.yaml",
-        lambda text: text.replace("type: application\n", f"type: application\n{chart}", 1).rstrip("\n") + "\n" + images,
+        lambda text: text.replace("type: application\n", f"type: application\n{head}", 1).rstrip("\n") + "\n" + shown,
     )
     _edit(
         root / CHART / "values.yaml",
         lambda text: text.replace("  repository: usbip-plugin\n", f"  repository: {image}\n", 1),
     )
-    for kustomization in sorted(root.glob("deploy/**/kustomization.yaml")):
-        if f"    newTag: {version(root)}\n" in kustomization.read_text():
-            name = f"    newName: {image}\n    newTag: {version(root)}\n"
-            _edit(kustomization, lambda text, name=name: text.replace(f"    newTag: {version(root)}\n", name, 1))  # type: ignore[misc]
+    chart = f"oci://{image.rpartition('/')[0]}/charts/usbip-plugin --version {version(root)}"
+    _edit(
+        root / CHART / "README.md",
+        lambda text: (
+            _RELATIVE_LINK.sub(
+                lambda link: (
+                    f"{link[1]}{link[2]}{repository}/blob/{tag}/{posixpath.normpath(posixpath.join(CHART, link[3]))}"
+                ),
+                text,
+            )
+            .replace(f" {CHART} ", f" {chart} ", 1)
+            .replace('`"usbip-plugin"`', f'`"{image}"`', 1)
+        ),
+    )
 
 
 def _edit(path: Path, change: Callable[[str], str]) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,15 @@ def test_the_workflows_are_valid() -> None:
     run([find_tool("actionlint", "release"), *sorted(ROOT.glob(".github/workflows/*.yaml"))])
 
 
+def test_the_image_says_where_it_comes_from_and_when_it_was_made() -> None:
+    workflow = yaml.safe_load((ROOT / ".github/workflows/release.yaml").read_text(encoding="utf-8"))
+    (build,) = [step["with"] for step in workflow["jobs"]["image"]["steps"] if step.get("id") == "build"]
+    labels = {line.partition("=")[0].removeprefix("org.opencontainers.image.") for line in build["labels"].split()}
+    assert {"source", "url", "revision", "created"} <= labels
+    # also the time of every file in it
+    assert "SOURCE_DATE_EPOCH=" in build["build-args"]
+
+
 def test_every_object_of_the_manifest_has_the_published_image(tools: Tools, prepared: Path) -> None:
     objects = by_name(run([tools.kubectl, "kustomize", prepared / "deploy"]).stdout)
     daemon = objects["apps/v1", "DaemonSet", "usbip-system", "usbip-plugin"]
@@ -63,6 +73,21 @@ def test_the_chart_is_packed_with_what_artifact_hub_shows(prepared: Path, tmp_pa
         values = packed.extractfile("usbip-plugin/values.yaml")
         assert values is not None
         assert yaml.safe_load(values)["image"]["repository"] == IMAGE
+        readme = packed.extractfile("usbip-plugin/README.md")
+        assert readme is not None
+        text = readme.read().decode()
+    assert (
+        f"helm install usbip-plugin oci://registry.example.org:5000/team/charts/usbip-plugin --version {__version__}"
+        in text
+    )
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert f"{REPOSITORY}/blob/{TAG}/docs/howto/install.md" in links
+    for link in links:
+        assert (prepared / link.removeprefix(f"{REPOSITORY}/blob/{TAG}/")).exists(), link
+    shown = yaml.safe_load(described["annotations"]["artifacthub.io/screenshots"])
+    assert [(prepared / one["url"].removeprefix(f"{REPOSITORY}/raw/{TAG}/")).is_file() for one in shown] == [True]
+    pages = yaml.safe_load(described["annotations"]["artifacthub.io/links"])
+    assert {page["name"]: page["url"] for page in pages}["support"] == f"{REPOSITORY}/issues"
     assert (described["home"], described["sources"]) == (REPOSITORY, [REPOSITORY])
     images = yaml.safe_load(described["annotations"]["artifacthub.io/images"])
     assert images == [{"name": "usbip-plugin", "image": f"{IMAGE}:{__version__}"}]
@@ -90,6 +115,17 @@ def test_the_packages_pass_the_indexes_check(prepared: Path, tmp_path: Path) -> 
         f"usbip_plugin-{__version__}-py3-none-any.whl",
         f"usbip_plugin-{__version__}.tar.gz",
     ]
+    with tarfile.open(packages[1]) as sdist:
+        names = {name.partition("/")[2] for name in sdist.getnames()}
+    assert {
+        "CHANGELOG.md",
+        "tests/deploy/test_release.py",
+        "docs/howto/install.md",
+        "deploy/base/daemonset.yaml",
+    } <= names
+    with zipfile.ZipFile(packages[0]) as wheel:
+        tops = {name.partition("/")[0] for name in wheel.namelist()}
+    assert tops == {"usbip_plugin", "usbip_sim", f"usbip_plugin-{__version__}.dist-info"}
     checked = run([sys.executable, "-m", "twine", "check", "--strict", *packages])
     assert checked.stdout.count("PASSED") == len(packages)
 
