@@ -58,7 +58,8 @@ def prepare(root: Path, repository: str, image: str, tag: str) -> None:
         f'[project.urls]\nHomepage = "{repository}"\nSource = "{repository}"\nIssues = "{repository}/issues"\n'
         f'Documentation = "{repository}/tree/{tag}/docs"\nChangelog = "{repository}/blob/{tag}/CHANGELOG.md"\n\n'
     )
-    _edit(root / "pyproject.toml", lambda text: text.replace("[project.scripts]", urls + "[project.scripts]", 1))
+    for project in ("pyproject.toml", "packaging/kubectl-usbip/pyproject.toml"):
+        _edit(root / project, lambda text: text.replace("[project.scripts]", urls + "[project.scripts]", 1))
 
     def link(found: re.Match[str]) -> str:
         # an image needs the file itself

@@ -19,8 +19,8 @@ from tests.rigs.command_rig import LIMIT_S, LOOPBACKS, Terminal, process_restore
 from tests.rigs.fake_api import NAMESPACE, FakeApi, serving
 from usbip_plugin.cli import completion
 from usbip_plugin.cli.completion import kubectl as kubectl_complete
-from usbip_plugin.cli.main import KUBECTL, kubectl, main
-from usbip_plugin.cli.parser import DEFAULT_CONFIG_MAP, Exit
+from usbip_plugin.cli.main import kubectl, main
+from usbip_plugin.cli.parser import DEFAULT_CONFIG_MAP, KUBECTL, Exit
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.locks.record import LOCK_LABELS, SESSION_LABELS, Lease, session_name
 from usbip_plugin.model import DeviceKey, ServerKey, UsbId
@@ -42,7 +42,7 @@ def process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     for name in ("POD_NAMESPACE", "KUBECONFIG", "KUBERNETES_SERVICE_HOST"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("usbip_plugin.cli.lookup.DEFAULT_CONFIG_PATH", str(tmp_path / "usual.yaml"))
-    monkeypatch.setattr("usbip_plugin.cli.node_commands.SERVICE_ACCOUNT_NAMESPACE", tmp_path / "namespace")
+    monkeypatch.setattr("usbip_plugin.cli.namespace.SERVICE_ACCOUNT_NAMESPACE", tmp_path / "namespace")
     # argcomplete would write to file descriptor 9, which may be of this process
     monkeypatch.setattr("argcomplete.CompletionFinder._init_debug_stream", lambda _self: None)
     with process_restored():

@@ -18,13 +18,15 @@ from tests.deploy.rendering import (
     pod_template,
 )
 from usbip_plugin.cli.parser import parser
-from usbip_plugin.config.export import DEFAULT_EXPORT_CONFIG_PATH, DEFAULT_STATE_DIRECTORY, ExportConfig, parse_export
+from usbip_plugin.config.export import ExportConfig, parse_export
 from usbip_plugin.config.parse import parse_config
 from usbip_plugin.config.schema import (
     DEFAULT_CDI_DIRECTORY,
     DEFAULT_CONFIG_PATH,
+    DEFAULT_EXPORT_CONFIG_PATH,
     DEFAULT_PLUGIN_DIRECTORY,
     DEFAULT_POD_RESOURCES_SOCKET,
+    DEFAULT_STATE_DIRECTORY,
     Config,
 )
 from usbip_plugin.observe.listen import split_addresses

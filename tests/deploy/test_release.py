@@ -9,6 +9,7 @@ import sys
 import tarfile
 import tomllib
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ from usbip_plugin import __version__
 REPOSITORY = "https://git.example.org/team/usbip-plugin"
 IMAGE = "registry.example.org:5000/team/usbip-plugin"
 TAG = f"v{__version__}"
+BUILD_S = 300.0
+"""Limits the build or the installation of a package, in seconds. Only a hanging test reaches it."""
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +99,10 @@ def test_the_chart_is_packed_with_what_artifact_hub_shows(prepared: Path, tmp_pa
 
 
 def test_the_packages_have_the_projects_pages_and_no_relative_link(prepared: Path) -> None:
-    project = tomllib.loads((prepared / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert project["urls"]["Homepage"] == project["urls"]["Source"] == REPOSITORY
-    assert project["urls"]["Documentation"].startswith(f"{REPOSITORY}/tree/{TAG}/")
+    for file in ("pyproject.toml", "packaging/kubectl-usbip/pyproject.toml"):
+        project = tomllib.loads((prepared / file).read_text(encoding="utf-8"))["project"]
+        assert project["urls"]["Homepage"] == project["urls"]["Source"] == REPOSITORY
+        assert project["urls"]["Documentation"].startswith(f"{REPOSITORY}/tree/{TAG}/")
     readme = (prepared / "README.md").read_text(encoding="utf-8")
     assert "](docs/" not in readme
     assert "](CONTRIBUTING.md)" not in readme
@@ -107,27 +111,80 @@ def test_the_packages_have_the_projects_pages_and_no_relative_link(prepared: Pat
     assert f"]({REPOSITORY}/raw/{TAG}/docs/status-page.png)" in readme
 
 
-def test_the_packages_pass_the_indexes_check(prepared: Path, tmp_path: Path) -> None:
-    build: list[str | Path] = [sys.executable, "-m", "build", "--no-isolation", "--outdir", tmp_path, prepared]
-    run(build, timeout=120)
-    packages = sorted(tmp_path.iterdir())
+@pytest.fixture(scope="module")
+def packages(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Wheels and sdists, built as by the release workflow."""
+    built = tmp_path_factory.mktemp("dist")
+    people = tmp_path_factory.mktemp("build") / "kubectl-usbip"
+    run([sys.executable, prepared / "release/kubectl_package.py", people])
+    for source in (prepared, people):
+        run([sys.executable, "-m", "build", "--no-isolation", "--outdir", built, source], timeout=BUILD_S)
+    return sorted(built.iterdir())
+
+
+def test_the_packages_pass_the_indexes_check(packages: list[Path]) -> None:
     assert [package.name for package in packages] == [
-        f"usbip_plugin-{__version__}-py3-none-any.whl",
-        f"usbip_plugin-{__version__}.tar.gz",
+        f"{name}-{__version__}{end}"
+        for name in ("kubectl_usbip", "usbip_plugin")
+        for end in ("-py3-none-any.whl", ".tar.gz")
     ]
-    with tarfile.open(packages[1]) as sdist:
-        names = {name.partition("/")[2] for name in sdist.getnames()}
+    *_, wheel, sdist = packages
+    with tarfile.open(sdist) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames()}
     assert {
+        "packaging/kubectl-usbip/pyproject.toml",
         "CHANGELOG.md",
         "tests/deploy/test_release.py",
         "docs/howto/install.md",
         "deploy/base/daemonset.yaml",
     } <= names
-    with zipfile.ZipFile(packages[0]) as wheel:
-        tops = {name.partition("/")[0] for name in wheel.namelist()}
+    with zipfile.ZipFile(wheel) as archive:
+        tops = {name.partition("/")[0] for name in archive.namelist()}
     assert tops == {"usbip_plugin", "usbip_sim", f"usbip_plugin-{__version__}.dist-info"}
     checked = run([sys.executable, "-m", "twine", "check", "--strict", *packages])
     assert checked.stdout.count("PASSED") == len(packages)
+
+
+def wheels(packages: list[Path]) -> tuple[Path, Path]:
+    """Returns the wheels of kubectl-usbip and usbip-plugin."""
+    people, node = (package for package in packages if package.suffix == ".whl")
+    return people, node
+
+
+def test_both_packages_can_be_installed_together(packages: list[Path]) -> None:
+    """No file is in both, and no command."""
+    files: list[set[str]] = []
+    commands: list[set[str]] = []
+    for wheel in wheels(packages):
+        with zipfile.ZipFile(wheel) as archive:
+            files.append(set(archive.namelist()))
+            (entries,) = [name for name in archive.namelist() if name.endswith("entry_points.txt")]
+            commands.append(set(re.findall(r"^(\S+) =", archive.read(entries).decode(), re.MULTILINE)))
+    assert not files[0] & files[1]
+    assert commands == [{"kubectl-usbip", "kubectl_complete-usbip"}, {"usbip-plugin"}]
+
+
+def test_a_laptop_gets_the_command_line_without_the_libraries_of_a_node(
+    packages: list[Path], tmp_path: Path, needs: Callable[[bool, str], None]
+) -> None:
+    people, _ = wheels(packages)
+    run([sys.executable, "-m", "venv", tmp_path / "venv"])
+    python = tmp_path / "venv/bin/python"
+    install: list[str | Path] = [python, "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt", people]
+    installed = run(install, check=False, timeout=BUILD_S)
+    needs("No matching distribution" not in installed.stderr, "a package index")
+    assert installed.returncode == 0, installed.stderr
+    table = run([python, ROOT / "release/size.py"]).stdout
+    print(table)
+    names = {line.split()[2].lower().replace("_", "-") for line in table.splitlines()[:-1]}
+    assert {"kubectl-usbip", "kubernetes-asyncio", "pyyaml"} <= names
+    assert not {
+        name for name in names if re.match("usbip|grpc|protobuf|opentelemetry|prometheus|jinja|asyncinotify", name)
+    }
+    command = tmp_path / "venv/bin/kubectl-usbip"
+    assert run([command, "--version"]).stdout == f"usbip-plugin {__version__}\n"
+    example = ROOT / "examples/webcam/config.yaml"
+    assert run([command, "validate", example]).stdout.startswith(f"{example}: valid")
 
 
 def test_the_krew_manifest_is_valid(prepared: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from tests.kernel import confined
 from tests.kernel.kernel_rig import ALL, KEYBOARD, LIMIT_S
 from tests.rigs.usbipd import RealUsbipd, eventually
 from usbip_plugin.clock import SystemClock
-from usbip_plugin.config.export import DEFAULT_STATE_DIRECTORY
+from usbip_plugin.config.schema import DEFAULT_STATE_DIRECTORY
 from usbip_plugin.errors import ImportRefused
 from usbip_plugin.model import DeviceKey, ServerKey
 from usbip_plugin.usbip.client import TcpUsbipClient

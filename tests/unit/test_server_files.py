@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 from usbip_plugin.cli.parser import parser
-from usbip_plugin.config.export import DEFAULT_EXPORT_CONFIG_PATH, DEFAULT_STATE_DIRECTORY, parse_export
+from usbip_plugin.config.export import parse_export
+from usbip_plugin.config.schema import DEFAULT_EXPORT_CONFIG_PATH, DEFAULT_STATE_DIRECTORY
 
 ROOT = Path(__file__).parents[2]
 SERVER = ROOT / "contrib" / "server"

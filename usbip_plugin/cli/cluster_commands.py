@@ -13,7 +13,7 @@ from usbip_plugin.cli.devices import paint, rows, show_devices, structured, want
 from usbip_plugin.cli.explain import DeviceDetails, render
 from usbip_plugin.cli.explain import explain as explanation_of
 from usbip_plugin.cli.lookup import DEVLIST_TIMEOUT_S, DeviceLookup, find_config, mapping
-from usbip_plugin.cli.node_commands import namespace_of
+from usbip_plugin.cli.namespace import namespace_of
 from usbip_plugin.cli.parser import Exit
 from usbip_plugin.cli.prune import prune as remove
 from usbip_plugin.cli.prune import removable, summary

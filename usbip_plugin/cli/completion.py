@@ -16,7 +16,7 @@ import argcomplete
 from argcomplete.completers import BaseCompleter, FilesCompleter
 from argcomplete.shell_integration import shellcode
 
-from usbip_plugin.cli.parser import DEVICE, PROG, parser
+from usbip_plugin.cli.parser import DEVICE, KUBECTL, PROG, parser
 from usbip_plugin.errors import PluginError
 
 TIMEOUT_S = 2.0
@@ -63,7 +63,7 @@ def kubectl() -> int:
     os.environ.update(LINES, COMP_LINE=line, COMP_POINT=str(len(line)))
     found = io.StringIO()
     with contextlib.redirect_stderr(io.StringIO()):  # nothing may be written between the candidates
-        _complete(parser(), output_stream=found, exit_method=lambda _status: None)
+        _complete(parser(KUBECTL), output_stream=found, exit_method=lambda _status: None)
     print(*found.getvalue().splitlines(), KUBECTL_NO_FILES, sep="\n")  # noqa: T201 - this is the answer
     return 0
 

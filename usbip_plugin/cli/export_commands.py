@@ -24,7 +24,7 @@ COLUMNS = ("busid", "usb_id", "product", "state", "peer", "age", "problem")
 def export(options: argparse.Namespace) -> int:
     """Carries out `usbip-plugin export` until a signal. Raises ConfigError, also for an address that is not valid."""
     # imported here: `exported` and the help do not need these modules
-    from usbip_plugin.cli.node_commands import namespace_of  # noqa: PLC0415
+    from usbip_plugin.cli.namespace import namespace_of  # noqa: PLC0415
     from usbip_plugin.config.export import parse_export  # noqa: PLC0415
     from usbip_plugin.config.reload import load  # noqa: PLC0415
     from usbip_plugin.kube.lazy_imports import no_default_roots  # noqa: PLC0415

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import importlib
 import os
 import sys
@@ -13,7 +12,7 @@ from usbip_plugin.kube import lazy_imports
 
 lazy_imports.make_imports_lazy()  # before any other module imports the libraries
 
-from usbip_plugin.cli.parser import PROG, Exit, parser  # noqa: E402
+from usbip_plugin.cli.parser import KUBECTL, PROG, Exit, parser  # noqa: E402
 from usbip_plugin.errors import (  # noqa: E402
     AmbiguousDevice,
     ConfigError,
@@ -24,8 +23,6 @@ from usbip_plugin.errors import (  # noqa: E402
     PruneRefused,
     ReleaseRefused,
 )
-
-KUBECTL = "kubectl usbip"
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
@@ -72,15 +69,9 @@ def _status(error: PluginError) -> Exit:
 def _run(options: argparse.Namespace) -> int:
     # imported where used: a `run` on a node does not load the commands for people, and they do not load the plugin
     match options.command:
-        case "run" | "check":
-            from usbip_plugin.cli import node_commands  # noqa: PLC0415
-
-            return node_commands.run(options) if options.command == "run" else node_commands.check(options)
-        case "export" | "exported":
-            from usbip_plugin.cli import export_commands  # noqa: PLC0415
-
-            return export_commands.export(options) if options.command == "export" else export_commands.exported(options)
         case "devices" | "explain" | "release" | "prune":
+            import asyncio  # noqa: PLC0415 - a third of the time that --version and --help would take
+
             from usbip_plugin.cli.cluster_commands import devices, explain, prune, release  # noqa: PLC0415
 
             command = {"devices": devices, "explain": explain, "release": release, "prune": prune}[options.command]
@@ -89,27 +80,6 @@ def _run(options: argparse.Namespace) -> int:
             from usbip_plugin.cli.validate import validate  # noqa: PLC0415
 
             return validate(options)
-        case "completion":
-            from usbip_plugin.cli.completion import script  # noqa: PLC0415
-
-            print(script(options.shell))  # noqa: T201
-            return Exit.DONE
         case _:
-            return _simulate(options)
-
-
-def _simulate(options: argparse.Namespace) -> int:
-    """Carries out `demo` and `simulate`, whose code is loaded by name: the product does not depend on its doubles."""
-    from usbip_plugin.observe.logs import set_up_logging  # noqa: PLC0415
-
-    if options.command == "demo":
-        set_up_logging("none", sys.stderr)
-        demo, screen = (importlib.import_module(f"usbip_sim.{name}") for name in ("demo", "screen"))
-        shown = screen.Screen.of(sys.stdout, os.environ)
-        held = asyncio.run(demo.run(print, real_kernel=options.real_kernel, screen=shown))
-        return Exit.DONE if held else Exit.PROBLEM
-    set_up_logging(options.log_level, sys.stdout, json_lines=True)
-    commands = importlib.import_module("usbip_sim.commands")
-    if options.simulated == "kernel":
-        return int(commands.kernel(options.socket, options.device_directory, options.controllers))
-    return int(commands.server(options.listen, options.device, options.devices_file))
+            # by name: kubectl-usbip is packed without the code of these commands
+            return int(importlib.import_module("usbip_plugin.cli.local_commands").carry_out(options))

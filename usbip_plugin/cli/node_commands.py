@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import importlib
 import logging
-import os
 import platform
 import random
 import sys
@@ -14,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from usbip_plugin.cli.parser import DEFAULT_NAMESPACE
+from usbip_plugin.cli.namespace import namespace_of
 from usbip_plugin.config.schema import (
     DEFAULT_DOMAIN,
     DEFAULT_LISTEN,
@@ -32,18 +31,6 @@ if TYPE_CHECKING:
     from usbip_plugin.vhci.driver import VhciDriver
 
 log = logging.getLogger(__name__)
-
-SERVICE_ACCOUNT_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
-
-
-def namespace_of(given: str | None) -> str:
-    """Returns the namespace of the Leases: the given one, else POD_NAMESPACE, the ServiceAccount's or the default."""
-    if named := given or os.environ.get("POD_NAMESPACE"):
-        return named
-    try:
-        return SERVICE_ACCOUNT_NAMESPACE.read_text(encoding="ascii").strip() or DEFAULT_NAMESPACE
-    except OSError:
-        return DEFAULT_NAMESPACE
 
 
 def _first(*values: str | None) -> str:

@@ -11,22 +11,20 @@ from pathlib import Path
 from types import MappingProxyType
 
 from usbip_plugin import __version__
-from usbip_plugin.config.export import (
-    DEFAULT_EXPORT_CONFIG_PATH,
-    DEFAULT_EXPORT_HTTP,
-    DEFAULT_EXPORT_LISTEN,
-    DEFAULT_STATE_DIRECTORY,
-    DEFAULT_SYSFS,
-)
 from usbip_plugin.config.schema import (
     DEFAULT_ALLOW_EXTRAS,
     DEFAULT_CDI_DIRECTORY,
     DEFAULT_CONFIG_PATH,
     DEFAULT_DOMAIN,
+    DEFAULT_EXPORT_CONFIG_PATH,
+    DEFAULT_EXPORT_HTTP,
+    DEFAULT_EXPORT_LISTEN,
     DEFAULT_LISTEN,
     DEFAULT_LOG_LEVEL,
     DEFAULT_PLUGIN_DIRECTORY,
     DEFAULT_POD_RESOURCES_SOCKET,
+    DEFAULT_STATE_DIRECTORY,
+    DEFAULT_SYSFS,
     LOG_LEVELS,
 )
 
@@ -55,6 +53,8 @@ MEANING: Mapping[Exit, str] = MappingProxyType(
 )
 
 PROG = "usbip-plugin"
+KUBECTL = "kubectl usbip"
+"""The command line for people. It has neither the commands of a node or a host of devices, nor their code."""
 DEFAULT_NAMESPACE = "usbip-system"
 DEFAULT_CONFIG_MAP = "usbip-plugin"
 PLUGIN_LABEL = "app.kubernetes.io/name=usbip-plugin"
@@ -76,7 +76,7 @@ WIDTH = 100
 
 
 def parser(prog: str = PROG) -> argparse.ArgumentParser:
-    """Returns the parser of the whole command line. prog: the program's name, such as "kubectl usbip"."""
+    """Returns the parser of a program: PROG with all commands, or KUBECTL with those for people."""
     top = argparse.ArgumentParser(
         prog=prog,
         description="USB/IP device plugin for Kubernetes, coordinated through Leases.",
@@ -120,6 +120,13 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
 
     _validate_flags(commands)
 
+    if prog != KUBECTL:
+        _local_commands(commands)
+    return top
+
+
+def _local_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the commands for nodes, hosts of devices and development, and the completion of PROG."""
     check = commands.add_parser("check", help="check whether this node can run the plugin")
     _node_flags(check)
 
@@ -142,7 +149,6 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
 
     simulate = commands.add_parser("simulate", help="development helpers: simulated kernel and USB/IP server")
     _simulate_flags(simulate.add_subparsers(dest="simulated", required=True, metavar="WHAT"))
-    return top
 
 
 def _epilog() -> str:

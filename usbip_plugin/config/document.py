@@ -11,7 +11,7 @@ from typing import Concatenate, Generic, ParamSpec, TypeVar
 
 import yaml
 
-from usbip_plugin.config.problems import ConfigProblem
+from usbip_plugin.config.problems import ConfigProblem, shown
 from usbip_plugin.errors import ConfigError
 
 MAX_FILE_BYTES = 1024 * 1024
@@ -25,8 +25,6 @@ MAX_PROBLEMS = 100
 """Errors shown for one file, and warnings."""
 MAX_KEPT = 10 * MAX_PROBLEMS
 """Errors kept in memory for one file, and warnings; any more are only counted."""
-MAX_SHOWN = 80
-"""Characters of a key or value shown in a message."""
 MAX_TAG_DIRECTIVES = 16
 """%TAG directives in a file; the time to parse n of them grows with the square of n."""
 
@@ -97,12 +95,6 @@ class Problems:
 def normal_key(key: str) -> str:
     """Returns the form of a key in which hostPath, host_path, host-path and (as in the Go program) hostpath agree."""
     return key.lower().replace("_", "").replace("-", "")
-
-
-def shown(text: str) -> str:
-    """Returns a key or value for a message: cut at MAX_SHOWN, and without characters that control a terminal."""
-    short = text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 1] + "…"
-    return short if short.isprintable() else repr(short)[1:-1]
 
 
 @dataclass(frozen=True, slots=True)

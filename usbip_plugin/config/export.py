@@ -22,12 +22,6 @@ from usbip_plugin.config.schema import Selector
 from usbip_plugin.config.selectors import read_selector
 from usbip_plugin.errors import ConfigError
 
-DEFAULT_EXPORT_CONFIG_PATH = "/etc/usbip-plugin/export.yaml"
-DEFAULT_EXPORT_LISTEN = ":3240"
-DEFAULT_EXPORT_HTTP = "127.0.0.1:3241"
-DEFAULT_STATE_DIRECTORY = "/run/usbip-plugin"
-DEFAULT_SYSFS = "/sys"
-
 EXPORT_KEYS = ("export", "allow", "fence", "whenApiIsAway", "names")
 MAX_SELECTORS = 256
 """Entries of `export`. Each device of the host is compared with each of them; usbip-host takes 16 devices."""

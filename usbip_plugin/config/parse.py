@@ -15,9 +15,8 @@ from usbip_plugin.config.document import (
     Unknown,
     read_document,
     read_fields,
-    shown,
 )
-from usbip_plugin.config.problems import ConfigProblem
+from usbip_plugin.config.problems import ConfigProblem, shown
 from usbip_plugin.config.selectors import read_device, report_overlaps
 from usbip_plugin.errors import ConfigError
 from usbip_plugin.model import valid_kind

@@ -1,10 +1,12 @@
-"""A problem of a configuration, as text and in its parts."""
+"""A problem of a configuration, as text and in its parts. Needs no YAML, so that the command line starts fast."""
 
 from __future__ import annotations
 
 import re
 from typing import Self
 
+MAX_SHOWN = 80
+"""Characters of a key or value shown in a message."""
 _MESSAGE = re.compile(r"(?:(?<!\w)'[^']*'|[^;]|;(?! ))*")  # up to the first "; " outside of quotes
 
 
@@ -31,3 +33,9 @@ class ConfigProblem(str):
         problem.line, problem.path = line, path
         problem.message, problem.hint = text[:end], text[end:].removeprefix("; ")
         return problem
+
+
+def shown(text: str) -> str:
+    """Returns a key or value for a message: cut at MAX_SHOWN, and without characters that control a terminal."""
+    short = text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 1] + "…"
+    return short if short.isprintable() else repr(short)[1:-1]

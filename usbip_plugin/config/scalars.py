@@ -7,7 +7,8 @@ import re
 from enum import Enum
 from typing import TypeVar
 
-from usbip_plugin.config.document import Node, Problems, shown
+from usbip_plugin.config.document import Node, Problems
+from usbip_plugin.config.problems import shown
 from usbip_plugin.config.schema import path_problem
 from usbip_plugin.model import HUB_CLASS, UsbId, canonical_host
 

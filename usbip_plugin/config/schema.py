@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TypeVar
 
-from usbip_plugin.config.document import shown
+from usbip_plugin.config.problems import shown
 from usbip_plugin.model import ServerKey, UsbId
 
 FIELDS = (
@@ -90,6 +90,11 @@ def render(template: str, values: Mapping[str, str]) -> str:
 
 
 DEFAULT_CONFIG_PATH = "/etc/usbip-device-plugin/config.yaml"
+DEFAULT_EXPORT_CONFIG_PATH = "/etc/usbip-plugin/export.yaml"
+DEFAULT_EXPORT_LISTEN = ":3240"
+DEFAULT_EXPORT_HTTP = "127.0.0.1:3241"
+DEFAULT_STATE_DIRECTORY = "/run/usbip-plugin"
+DEFAULT_SYSFS = "/sys"
 DEFAULT_DOMAIN = "usbip.dev"
 DEFAULT_PLUGIN_DIRECTORY = "/var/lib/kubelet/device-plugins"
 DEFAULT_POD_RESOURCES_SOCKET = "/var/lib/kubelet/pod-resources/kubelet.sock"

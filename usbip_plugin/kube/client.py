@@ -20,6 +20,7 @@ from usbip_plugin.clock import Clock, SystemClock
 from usbip_plugin.errors import ConfigError, KubeError, KubeUnreachable
 from usbip_plugin.kube import lazy_imports, paging
 from usbip_plugin.kube.responses import MAX_BODY_BYTES, decoded, event_of, lines, refusal, whole
+from usbip_plugin.sockets import set_tcp_options
 
 lazy_imports.make_imports_lazy()
 
@@ -400,7 +401,9 @@ def _keep_alive(response: aiohttp.ClientResponse) -> None:
     sock = transport.get_extra_info("socket") if transport is not None else None
     if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
         return
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_COUNT)
+    set_tcp_options(
+        sock,
+        TCP_KEEPIDLE=KEEPALIVE_IDLE_S,
+        TCP_KEEPINTVL=KEEPALIVE_INTERVAL_S,
+        TCP_KEEPCNT=KEEPALIVE_COUNT,
+    )

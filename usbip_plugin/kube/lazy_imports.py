@@ -121,9 +121,14 @@ class _Finder(MetaPathFinder):
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and lazy and spec.loader is not None:
             spec.loader = importlib.util.LazyLoader(spec.loader)
-        elif spec is not None and spec.submodule_search_locations is not None and spec.origin is not None:
+        elif spec is not None and spec.submodule_search_locations is not None and _has_source(spec):
             spec.loader = _LazyPackage()
         return spec
+
+
+def _has_source(spec: ModuleSpec) -> bool:
+    """Returns whether the package's file can be read. A program that is packed into one file may have none."""
+    return spec.origin is not None and Path(spec.origin).is_file()
 
 
 def make_imports_lazy() -> None:

@@ -23,6 +23,7 @@ from aiohappyeyeballs.types import AddrInfoType
 
 from usbip_plugin.errors import ServerUnreachable, SourceClosing, SourceNotLocal
 from usbip_plugin.model import Endpoint, ServerKey
+from usbip_plugin.sockets import set_tcp_options
 from usbip_plugin.sync import OwnThreads
 
 log = logging.getLogger(__name__)
@@ -255,12 +256,14 @@ def set_options(sock: socket.socket, interval_s: int = KEEPALIVE_INTERVAL_S, cou
 
     interval_s: seconds between the probes that follow 2 s of silence. count: unanswered probes that end the connection.
     """
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, interval_s)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, count)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, (KEEPALIVE_IDLE_S + interval_s * count) * 1000)
+    set_tcp_options(
+        sock,
+        TCP_NODELAY=1,
+        TCP_KEEPIDLE=KEEPALIVE_IDLE_S,
+        TCP_KEEPINTVL=interval_s,
+        TCP_KEEPCNT=count,
+        TCP_USER_TIMEOUT=(KEEPALIVE_IDLE_S + interval_s * count) * 1000,
+    )
 
 
 def reset(sock: socket.socket) -> None:

@@ -15,7 +15,7 @@ from tests.rigs.command_rig import process_restored
 from tests.rigs.kubeconfig import kubeconfig
 from usbip_plugin.cli import completion
 from usbip_plugin.cli.main import main
-from usbip_plugin.cli.parser import MEANING, Exit, parser
+from usbip_plugin.cli.parser import KUBECTL, MEANING, Exit, parser
 
 FILE = "only-file"
 DEVICES = {"usbip-abc": "lab:3240/1-1", "usbip-xyz": "lab:3240/1-2"}
@@ -42,10 +42,7 @@ def complete(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         yield run
 
 
-COMMANDS = [
-    *("devices", "explain", "release", "prune", "validate", "check", "run", "export", "exported"),
-    *("completion", "demo", "simulate"),
-]
+COMMANDS = ["devices", "explain", "release", "prune", "validate"]
 
 
 @pytest.mark.parametrize(
@@ -63,9 +60,6 @@ COMMANDS = [
         (("explain", "--namespace=ns", ""), ["usbip-abc", "usbip-xyz"]),
         (("release", "usbip-abc", ""), []),
         (("release", "usbip-abc", "--f"), ["--force"]),
-        (("completion", ""), ["bash", "zsh", "fish"]),
-        (("simulate", ""), ["kernel", "server"]),
-        (("simulate", "server", "--log-level", "d"), ["debug"]),
         (("nonsense", "x", ""), COMMANDS),
     ],
 )
@@ -100,6 +94,8 @@ def bash(line: str, tmp_path: Path) -> list[str]:
 def test_bash_completes_commands_flags_and_values(tmp_path: Path) -> None:
     assert bash("usbip-plugin exp", tmp_path) == ["explain", "export", "exported"]
     assert bash("usbip-plugin devices -o y", tmp_path) == ["yaml"]
+    assert bash("usbip-plugin completion ", tmp_path) == ["bash", "zsh", "fish"]
+    assert bash("usbip-plugin simulate server --log-level d", tmp_path) == ["debug"]
     assert bash("usbip-plugin release --for", tmp_path) == ["--force"]
     assert bash("usbip-plugin explain usb", tmp_path) == [], "without a cluster, and without an error message"
 
@@ -157,3 +153,12 @@ def test_a_relative_pattern_of_extras_is_refused(capsys: pytest.CaptureFixture[s
         main(["run", "--allow-extras", "/dev/fuse,dev/sda"])
     assert ended.value.code == Exit.USAGE
     assert "'dev/sda' must be an absolute path" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["run", "check", "export", "exported", "completion", "demo", "simulate"])
+def test_kubectl_has_only_the_commands_for_people(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command], prog=KUBECTL)
+    assert ended.value.code == Exit.USAGE
+    assert f"invalid choice: '{command}'" in capsys.readouterr().err
+    assert command in parser().format_help()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
+from zipimport import zipimporter
 
 import pytest
 
@@ -171,3 +173,21 @@ def test_a_lazy_package_has_the_names_of_a_normal_one() -> None:
 @pytest.fixture(scope="module")
 def modules_of_a_run() -> frozenset[str]:
     return frozenset(_python(RUN).split())
+
+
+def test_a_package_without_a_file_of_its_own_is_imported_as_usual(tmp_path: Path) -> None:
+    """As in a program that PyInstaller made, or in a zip file."""
+    archive = tmp_path / "packed.zip"
+    with zipfile.ZipFile(archive, "w") as packed:
+        packed.writestr("packed/__init__.py", "from math import pi\n")
+    finder = lazy_imports._Finder(frozenset({"packed"}))
+
+    def loader(where: Path) -> type:
+        spec = finder.find_spec("packed", [str(where)])
+        assert spec is not None
+        return type(spec.loader)
+
+    assert loader(archive) is zipimporter
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed/__init__.py").touch()
+    assert loader(tmp_path) is lazy_imports._LazyPackage
