@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
 import signal
 import socket
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from usbip_plugin.errors import MalformedReply
 from usbip_plugin.exporter import daemon
 from usbip_plugin.exporter.host import HostDevice
 from usbip_plugin.model import DeviceKey, ServerKey
+from usbip_plugin.observe import http
 from usbip_plugin.usbip.client import Imported, TcpUsbipClient
 from usbip_sim.server.host import SimulatedHost
 
@@ -82,8 +84,8 @@ class Running:
 
     async def get(self, path: str) -> tuple[int, str]:
         async with (
-            aiohttp.ClientSession(f"http://127.0.0.1:{self.places.http}") as http,
-            http.get(path) as answer,
+            aiohttp.ClientSession(f"http://127.0.0.1:{self.places.http}") as session,
+            session.get(path) as answer,
         ):
             return answer.status, await answer.text()
 
@@ -110,6 +112,7 @@ def run(
     *stories: Story,
     before: Callable[[SimulatedHost], None] = lambda _host: None,
     number: signal.Signals = signal.SIGTERM,
+    flags: Sequence[str] | None = None,
 ) -> tuple[int, Log]:
     """Runs `usbip-plugin export` on a simulated host; returns the exit status and the log.
 
@@ -153,7 +156,7 @@ def run(
 
         with monkeypatch.context() as patched:
             patched.setattr(daemon, "run", run_on_host)
-            status = main(places.export())
+            status = main(places.export() if flags is None else [*places.export()[:3], *flags])
     for failure in failures:
         raise failure
     return status, log
@@ -205,6 +208,22 @@ def test_an_exporter_serves_its_pages_and_leaves_its_clients_to_its_successor(
     assert len(log.having("device bound")) == 2, "the successor finds them bound"
     served = [vars(record)["devices"] for record in log.having("running")]
     assert served == [["1-1", "1-2.3"]] * 2, "it serves when devices and clients are known, not earlier"
+
+
+def test_an_exporter_that_says_that_it_runs_serves_its_pages(monkeypatch: pytest.MonkeyPatch, places: Places) -> None:
+    addresses = http._addresses
+
+    async def slow(host: str | None, port: int) -> Iterable[tuple[int, tuple[Any, ...]]]:
+        for _ in range(20):  # other tasks run meanwhile
+            await asyncio.sleep(0)
+        return await addresses(host, port)
+
+    monkeypatch.setattr(http, "_addresses", slow)
+
+    async def story(running: Running) -> None:
+        assert await running.get("/readyz") == (200, "ok\n")
+
+    assert run(monkeypatch, places, story)[0] == 0
 
 
 def test_a_changed_file_is_in_force_at_once_and_an_invalid_one_is_not(
@@ -304,11 +323,65 @@ def test_exported_says_what_is_not_exported_and_why(
     assert run(monkeypatch, places, story, before=lambda host: host.plug(HUB, is_hub=True))[0] == 0
 
 
-async def test_exported_reads_sysfs_if_no_exporter_answers(places: Places, capsys: pytest.CaptureFixture[str]) -> None:
+def test_exported_asks_where_the_environment_says(
+    monkeypatch: pytest.MonkeyPatch, places: Places, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("USBIP_EXPORTER_HTTP", f"[127.0.0.1]:{places.http}")  # as in the exporter's pod
+
+    async def story(_running: Running) -> None:
+        capsys.readouterr()  # the log so far
+        shown = await Terminal(capsys).run("exported", "-o", "json")
+        assert json.loads(shown.out)["running"] is True
+
+    assert run(monkeypatch, places, story, flags=places.flags()[1:])[0] == 0
+
+
+async def test_a_silent_exporter_is_not_taken_for_none(
+    monkeypatch: pytest.MonkeyPatch, places: Places, capsys: pytest.CaptureFixture[str]
+) -> None:
+    FakeHostSysfs(places.home / "sys")
+    monkeypatch.setattr("usbip_plugin.cli.export_commands.ASK_S", 0.1)
+    with socket.create_server(("127.0.0.1", places.http)):  # accepts nobody
+        assert await asyncio.to_thread(main, ["exported", *places.flags()]) == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert f"the exporter at 127.0.0.1:{places.http} has not answered within 0.1 s; see its log" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        (b"", "cannot ask the exporter at 127.0.0.1:"),
+        (b"220 mail.example ready\r\n", "cannot ask the exporter at 127.0.0.1:"),
+        (b"HTTP/1.1 404 Not Found\r\nContent-Length: 2\r\n\r\nno", "another program answers at 127.0.0.1:"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}", "another program answers at 127.0.0.1:"),
+        (b"HTTP/1.1 200 OK\r\n\r\n[" + b" " * (2 << 20), "another program answers at 127.0.0.1:"),
+    ],
+)
+async def test_what_answers_instead_of_the_exporter_is_an_error(
+    places: Places, capsys: pytest.CaptureFixture[str], answer: bytes, error: str
+) -> None:
+    FakeHostSysfs(places.home / "sys")
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(answer)
+            await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", places.http):
+        shown = await Terminal(capsys, places.flags()).run("exported")
+    assert (shown.status, shown.out) == (1, "")
+    assert error in shown.err
+    assert "pass the exporter's own --http" in shown.err
+
+
+async def test_exported_reads_sysfs_if_no_exporter_listens(places: Places, capsys: pytest.CaptureFixture[str]) -> None:
     terminal = Terminal(capsys, places.flags())
     missing = await terminal.run("exported")
     assert missing.status == 1
-    assert "no exporter answers at 127.0.0.1:" in missing.err
+    assert "no exporter listens at 127.0.0.1:" in missing.err
     assert "this host's kernel has no usbip-host" in missing.err
     fake = FakeHostSysfs(places.home / "sys")
     fake.plug(STICK)

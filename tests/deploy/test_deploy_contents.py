@@ -75,7 +75,9 @@ def plugin_container(tools: Tools, variant: str = "base") -> Object:
 
 
 @pytest.mark.parametrize("host_ip", ["192.0.2.7", "2001:db8::7"])
-def test_the_command_lines_are_valid(tools: Tools, host_ip: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_lines_are_valid(
+    tools: Tools, host_ip: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     commands = set()
     for where, found in tools.everything():
         for container in containers(found):
@@ -83,15 +85,20 @@ def test_the_command_lines_are_valid(tools: Tools, host_ip: str, capsys: pytest.
                 assert container["command"][:-1] == ["chroot", "/host", "modprobe", "-a"], where
                 continue
             arguments = [argument.replace("$(HOST_IP)", host_ip) for argument in container["args"]]
-            try:
-                options = parser().parse_args(arguments)
-            except SystemExit:
-                pytest.fail(f"{where}: {arguments}: {capsys.readouterr().err}")
+            with monkeypatch.context() as environment:
+                for variable in container.get("env", ()):
+                    environment.setenv(variable["name"], variable.get("value", "").replace("$(HOST_IP)", host_ip))
+                try:
+                    options = parser().parse_args(arguments)
+                except SystemExit:
+                    pytest.fail(f"{where}: {arguments}: {capsys.readouterr().err}")
+                asked = parser().parse_args(["exported"]).http
             commands.add(options.command)
             if options.command == "run":
                 assert_served(container, {"http": options.listen, "probes": options.probes}, host_ip)
             if options.command == "export":
                 assert_served(container, {"usbip": options.listen, "http": options.http}, host_ip)
+                assert asked == options.http, "what `usbip-plugin exported` asks in this container"
     assert commands == {"run", "simulate", "export", "validate"}
 
 

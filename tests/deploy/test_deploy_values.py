@@ -355,9 +355,9 @@ def test_ports_nodes_and_resources_of_the_exporter_can_be_changed(tools: Tools) 
     assert container["args"] == [
         "export",
         "--listen=[$(HOST_IP)]:3241",
-        "--http=[$(HOST_IP)]:9999",
         "--log-level=debug",
     ]
+    assert {"name": "USBIP_EXPORTER_HTTP", "value": "[$(HOST_IP)]:9999"} in container["env"]
     assert [port["hostPort"] for port in container["ports"]] == [3241, 9999]
     assert container["resources"]["limits"] == {"memory": "128Mi"}
     assert "tolerations" not in spec

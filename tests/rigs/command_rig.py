@@ -59,6 +59,7 @@ class CommandResult:
 TIMEOUTS = (
     "usbip_plugin.cli.lookup.DEVLIST_TIMEOUT_S",
     "usbip_plugin.cli.completion.TIMEOUT_S",
+    "usbip_plugin.cli.export_commands.ASK_S",
     "usbip_plugin.node.check.CHECK_TIMEOUT_S",
     "usbip_plugin.node.check.CONNECT_TIMEOUT_S",
     "usbip_plugin.node.check.DEVLIST_TIMEOUT",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import http.client
+import errno
 import json
 import sys
 from dataclasses import asdict
@@ -14,8 +14,8 @@ from typing import Any
 from usbip_plugin.cli.parser import Exit
 from usbip_plugin.errors import CommandError, ConfigError
 
-ASK_S = 2.0
-"""Seconds that `exported` waits for the exporter. It answers from memory."""
+ASK_S = 10.0
+"""Seconds that `exported` waits for the exporter, which answers from memory. One that is silent so long hangs."""
 MAX_ANSWER_BYTES = 1 << 20
 """Bytes read of the exporter's answer. A device takes 300."""
 COLUMNS = ("busid", "usb_id", "product", "state", "peer", "age", "problem")
@@ -63,7 +63,7 @@ def exported(options: argparse.Namespace) -> int:
     """Carries out `usbip-plugin exported`. Raises CommandError if neither the exporter nor sysfs has an answer."""
     from usbip_plugin.cli.devices import structured, table, wants_colour  # noqa: PLC0415
 
-    found = _ask(options.http) or asyncio.run(_read(options))
+    found = asyncio.run(_exported(options))
     if options.output != "table":
         _say(structured(found, options.output))
         return Exit.DONE
@@ -75,23 +75,47 @@ def exported(options: argparse.Namespace) -> int:
     return Exit.DONE
 
 
-def _ask(address: str) -> dict[str, Any] | None:
-    """Returns what the exporter answers; None if none answers."""
+async def _exported(options: argparse.Namespace) -> dict[str, Any]:
     from usbip_plugin.observe.listen import split_listen  # noqa: PLC0415
 
     try:
-        host, port = split_listen(address)
+        host, port = split_listen(options.http)
     except ValueError as error:
         raise ConfigError("command line", [f"--http: {error}"]) from error
-    connection = http.client.HTTPConnection(host or "127.0.0.1", port, timeout=ASK_S)
+    return await _ask(host or "127.0.0.1", port, options.http) or await _read(options)
+
+
+async def _ask(host: str, port: int, address: str) -> dict[str, Any] | None:
+    """Returns what the exporter answers; None if nothing listens there. Raises CommandError for anything else."""
+    import aiohttp  # noqa: PLC0415
+
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}/exported"
     try:
-        connection.request("GET", "/exported")
-        answer = json.loads(connection.getresponse().read(MAX_ANSWER_BYTES))
-    except (OSError, http.client.HTTPException, ValueError):
-        return None
-    finally:
-        connection.close()
-    return answer if isinstance(answer, dict) and isinstance(answer.get("devices"), list) else None
+        async with (
+            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=ASK_S)) as session,
+            session.get(url, allow_redirects=False) as response,
+        ):
+            content = bytearray()
+            async for piece in response.content.iter_any():
+                content += piece
+                if len(content) > MAX_ANSWER_BYTES:
+                    break
+        answer = json.loads(content)
+    except TimeoutError as error:
+        cure = "see its log, and restart it if it hangs"
+        raise CommandError(f"the exporter at {address} has not answered within {ASK_S:g} s; {cure}") from error
+    except (aiohttp.ClientError, OSError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ECONNREFUSED:
+            return None
+        raise CommandError(f"cannot ask the exporter at {address}: {error}; {_ADDRESS}") from error
+    except (ValueError, RecursionError):
+        answer = None
+    if not isinstance(answer, dict) or not isinstance(answer.get("devices"), list):
+        raise CommandError(f"another program answers at {address}; {_ADDRESS}")
+    return answer
+
+
+_ADDRESS = "pass the exporter's own --http"
 
 
 async def _read(options: argparse.Namespace) -> dict[str, Any]:
@@ -105,7 +129,7 @@ async def _read(options: argparse.Namespace) -> dict[str, Any]:
     clock = SystemClock()
     host = SysfsHost(clock, NetlinkUevents(clock), sysfs=options.sysfs)
     if not host.is_loaded:
-        raise CommandError(f"no exporter answers at {options.http}, and this host's kernel has no usbip-host")
+        raise CommandError(f"no exporter listens at {options.http}, and this host's kernel has no usbip-host")
     devices = await host.devices()
     statuses = {device.busid: host.status(device.busid) for device in devices if device.is_bound}
     rows = exported_rows(devices, statuses, StateFile(options.state_directory).read(), {})

@@ -59,6 +59,8 @@ DEFAULT_NAMESPACE = "usbip-system"
 DEFAULT_CONFIG_MAP = "usbip-plugin"
 PLUGIN_LABEL = "app.kubernetes.io/name=usbip-plugin"
 """The label of the plugin's pods."""
+EXPORT_HTTP = "USBIP_EXPORTER_HTTP"
+"""The environment variable with the address of the exporter's pages, for the exporter and for `exported` in its pod."""
 MAX_CONTROLLERS = 15
 """Controllers of 16 ports that a simulated kernel may have."""
 SHELLS = ("bash", "zsh", "fish")
@@ -171,16 +173,18 @@ def _exporter_flags(commands: argparse._SubParsersAction[argparse.ArgumentParser
     )
     clients = "address for USB/IP clients (default %(default)s)"
     export.add_argument("--listen", metavar="ADDRESS:PORT", default=DEFAULT_EXPORT_LISTEN, help=clients)
-    pages = "address of health, metrics and /exported; '' disables them (default %(default)s)"
-    export.add_argument("--http", metavar="ADDRESS", default=DEFAULT_EXPORT_HTTP, help=pages)
+    http = os.environ.get(EXPORT_HTTP, DEFAULT_EXPORT_HTTP)
+    otherwise = f"(default ${EXPORT_HTTP}, else {DEFAULT_EXPORT_HTTP})"
+    pages = f"address of health, metrics and /exported; '' disables them {otherwise}"
+    export.add_argument("--http", metavar="ADDRESS", default=http, help=pages)
     _log_flags(export)
     _api_flags(export)
 
     exported = commands.add_parser("exported", help="list the USB devices that this host exports, and to whom")
     form = "output format (default %(default)s)"
     exported.add_argument("-o", "--output", choices=("table", "json", "yaml"), default="table", help=form)
-    asked = "address of the exporter's pages; without an answer, sysfs is read (default %(default)s)"
-    exported.add_argument("--http", metavar="ADDRESS", default=DEFAULT_EXPORT_HTTP, help=asked)
+    asked = f"address of the exporter's pages; if nothing listens there, sysfs is read {otherwise}"
+    exported.add_argument("--http", metavar="ADDRESS", default=http, help=asked)
     for command in (export, exported):
         sysfs, state = Path(DEFAULT_SYSFS), Path(DEFAULT_STATE_DIRECTORY)
         command.add_argument(

@@ -118,6 +118,7 @@ class _Process:
         state = StateFile(options.state_directory)
         self._exports = Exports(host, self._binder, gate, state, clock, on_import=self._on_import, on_end=self._on_end)
         self._server = ExportServer(sockets, self._exports, clock, loaded.config.allow, self._on_drop)
+        self._http = HttpServer(options.http, self._pages(), clock) if options.http else None
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -139,9 +140,8 @@ class _Process:
                 tasks.create_task(self._beat(), name="heartbeat"),
                 tasks.create_task(self._settle(), name="settling"),
             ]
-            if self._options.http:
-                server = HttpServer(self._options.http, self._pages(), self._clock)
-                running.append(tasks.create_task(server.run(), name="HTTP"))
+            if self._http is not None:
+                running.append(tasks.create_task(self._http.run(), name="HTTP"))
             await stop.wait()
             log.info("stopping; devices stay bound, connections stay with the kernel")
             self._notifier.send(STOPPING)
@@ -150,6 +150,8 @@ class _Process:
 
     async def _serve(self) -> None:
         await self._exports.ready.wait()
+        if self._http is not None:
+            await self._http.started.wait()
         extra = {"version": __version__, "listen": self._options.listen, "devices": sorted(self._binder.exported)}
         log.info("running", extra=extra)
         self._notifier.send(READY, self._status())
