@@ -11,6 +11,9 @@ from tests.deploy.promtool import RULES, Case, evaluate
 from tests.deploy.rendering import find_tool, run
 
 P = "usbip_device_plugin_"
+E = "usbip_exporter_"
+PI, LAB = 'instance="10.0.0.5:13241", node="pi"', 'instance="lab:3241"'
+"""The labels of an exporter in the cluster, and of one outside."""
 ON_A, ON_B = '{node="a"}', '{node="b"}'
 NODE_A = 'node="a"'
 STICK = "usbip.dev/stick"
@@ -134,6 +137,38 @@ CASES = {
         labels=NODE_A,
     ),
     "UsbipEventsDropped": Case({P + "events_dropped_total" + ON_A: "0x5 2x90"}, 8, 80, NODE_A),
+    "UsbipExporterDown": Case(
+        {
+            f'up{{job="usbip-system/usbip-exporter", {PI}}}': "1x5 0x30",
+            f'up{{job="usbip-plugin-exporters", {LAB}}}': "0x40",  # another job
+        },
+        fires=12,
+        quiet=8,
+        labels=f'job="usbip-system/usbip-exporter", {PI}',
+    ),
+    "UsbipExporterDeviceFailed": Case(
+        {
+            E + f'devices{{{LAB}, state="unbound"}}': "0x5 1x30",
+            E + f'devices{{{LAB}, state="in_use"}}': "1x40",
+            E + f'devices{{{PI}, state="error"}}': "0x40",
+        },
+        fires=17,
+        quiet=14,
+        labels=f'{LAB}, state="unbound"',
+    ),
+    "UsbipExporterFenceProblem": Case(
+        {E + f"fence_problem{{{PI}}}": "0x5 1x10", E + f"fence_problem{{{LAB}}}": "0x20"}, 9, 7, PI
+    ),
+    "UsbipExporterRefusing": Case(
+        {
+            E + f'imports_total{{{PI}, result="refused"}}': "0x5 1 2 3 4 5 6 7 8x90",
+            E + f'imports_total{{{PI}, result="busy"}}': "0+1x90",
+        },
+        fires=14,
+        quiet=40,
+        labels=f'{PI}, result="refused"',
+    ),
+    "UsbipExporterConfigReloadFailed": Case({E + f"config_reload_failed{{{LAB}}}": "0x5 1x20"}, 18, 12, LAB),
     "UsbipTraceExportFailing": Case({P + "trace_export_failures_total" + ON_A: "0x5 1+1x20 21x90"}, 20, 5, NODE_A),
 }
 
