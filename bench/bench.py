@@ -65,13 +65,14 @@ class Bench:
 
 def doubles(bench: Bench, counts: Counts) -> None:
     """Measures with doubles only."""
-    from bench import bench_allocate, bench_handover, bench_pages, bench_watch
+    from bench import bench_allocate, bench_exporter, bench_handover, bench_pages, bench_watch
 
     bench.measure(bench_allocate.allocate(None, counts.allocates))
     bench.measure(bench_allocate.unanswered(counts.unanswered))
     bench.measure(bench_allocate.among_many(counts.allocates))
     bench.measure(bench_watch.watch())
     bench.measure(bench_pages.load())
+    bench.measure(bench_exporter.exporter())
     bench.add(bench_handover.handover())
 
 

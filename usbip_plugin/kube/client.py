@@ -333,7 +333,9 @@ def _token_header(path: Path) -> str:
 
 
 async def _from_kubeconfig(path: str, clock: Clock, on_error: Callable[[KubeError], None] | None) -> KubeClient:
-    from kubernetes_asyncio.config.kube_config import load_kube_config  # noqa: PLC0415 - 3 MiB no pod needs
+    # the client of all API objects takes 2 MiB
+    with lazy_imports.placeholder("kubernetes_asyncio.client", "ApiClient"):
+        from kubernetes_asyncio.config.kube_config import load_kube_config  # noqa: PLC0415 - no pod needs it
 
     async def load() -> Configuration:
         """Raises OSError if the file is not usable."""

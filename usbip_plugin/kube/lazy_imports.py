@@ -138,6 +138,23 @@ def make_imports_lazy() -> None:
 
 
 @contextlib.contextmanager
+def placeholder(package: str, name: str) -> Iterator[None]:
+    """Gives a lazy package an empty class of this name within the block, unless the real one is imported already.
+
+    For the import of a module that imports the name and needs it only in functions that are not called here.
+    """
+    module = importlib.import_module(package)
+    if name in vars(module):
+        yield
+        return
+    setattr(module, name, type(name, (), {}))
+    try:
+        yield
+    finally:
+        delattr(module, name)
+
+
+@contextlib.contextmanager
 def no_default_roots() -> Iterator[None]:
     """Keeps OpenSSL from finding root certificates by itself within the block.
 

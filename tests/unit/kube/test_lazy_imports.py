@@ -11,6 +11,7 @@ from zipimport import zipimporter
 
 import pytest
 
+from tests.rigs.kubeconfig import kubeconfig
 from usbip_plugin.kube import lazy_imports
 
 RUN = """
@@ -19,6 +20,27 @@ from usbip_plugin.cli.main import main
 assert main(["run", "--node-name", "n", "--config", "/nonexistent"]) == 2
 import usbip_plugin.node.daemon
 print(*sys.modules)
+"""
+FENCE = """
+import asyncio, json, pathlib, sys, tempfile
+from usbip_plugin.cli.main import main
+from usbip_plugin.clock import SystemClock
+from usbip_plugin.config.export import parse_export
+import usbip_plugin.exporter.daemon
+from usbip_plugin.exporter.fence import make_gate
+
+async def make():
+    with tempfile.TemporaryDirectory() as directory:
+        file = pathlib.Path(directory, "kubeconfig")
+        file.write_text(sys.argv[1])
+        config = parse_export("export: []\\nfence: true\\nnames: [pi]").config
+        gate = await make_gate(config, port=3240, kubeconfig=str(file), namespace="n", clock=SystemClock())
+        await gate._close()
+
+asyncio.run(make())
+print(*sys.modules)
+from kubernetes_asyncio.client import ApiClient
+assert ApiClient.call_api
 """
 UNTOUCHED = """
 import sys
@@ -146,6 +168,15 @@ def test_a_run_loads_only_the_libraries_that_it_needs(modules_of_a_run: frozense
     assert others - LIBRARIES == {"usbip_plugin", "__main__"}
 
 
+@pytest.mark.parametrize(
+    "unused",
+    ["dateutil", "decimal", "grpc", "kubernetes_asyncio.client.api_client", "multiprocessing", "opentelemetry"],
+)
+def test_a_fenced_exporter_does_not_load_unused_modules(unused: str, modules_of_a_fence: frozenset[str]) -> None:
+    assert "kubernetes_asyncio.config.kube_config" in modules_of_a_fence
+    assert unused not in modules_of_a_fence
+
+
 def test_lazy_modules_are_imported_and_not_loaded_by_a_run() -> None:
     assert _python(UNTOUCHED).split() == list(lazy_imports.LAZY)
 
@@ -191,3 +222,8 @@ def test_a_package_without_a_file_of_its_own_is_imported_as_usual(tmp_path: Path
     (tmp_path / "packed").mkdir()
     (tmp_path / "packed/__init__.py").touch()
     assert loader(tmp_path) is lazy_imports._LazyPackage
+
+
+@pytest.fixture(scope="module")
+def modules_of_a_fence() -> frozenset[str]:
+    return frozenset(_python(FENCE, kubeconfig("https://192.0.2.1:6443")).splitlines()[0].split())
