@@ -1,7 +1,8 @@
 """The HTTP server of the pages, which no peer can use to stop the plugin or to fill its memory.
 
 It serves GET and HEAD, one request a connection, within the bounds below. A peer that does not keep to them costs a
-closed connection and one counted line in the log.
+closed connection and one counted line in the log. Accepting, reading and sending have a rate each, for all peers
+together, so that most of the event loop is left to the plugin, however many peers ask and however quickly.
 """
 
 from __future__ import annotations
@@ -35,8 +36,10 @@ ANSWER_S = 30.0
 """Seconds from then on in which the answer must be made and read."""
 SEND_BUFFER_BYTES, RECEIVE_BUFFER_BYTES = 64 * 1024, 16 * 1024
 """Bytes of the kernel's buffers for a connection. Its defaults would hold megabytes for a peer that does not read."""
-PIECE_BYTES = 32 * 1024
-"""Bytes of an answer that are sent in one turn of the event loop, to all peers together."""
+PIECE_BYTES, PIECE_S = 32 * 1024, 0.001
+"""Bytes of an answer that are sent at a time, and seconds between two times, to all peers together."""
+READ_S = 0.02
+"""Seconds between two reads of one request. Clients send it in one or two segments, and not in single bytes."""
 BACKLOG = 64
 """Connections that the kernel keeps while the event loop is busy."""
 ACCEPT_S = 0.002
@@ -237,7 +240,7 @@ class HttpServer:
         try:
             try:
                 async with self._clock.timeout(HEADERS_S):
-                    request = parse_request(await _read_head(connection))
+                    request = parse_request(await self._read_head(connection))
             except TimeoutError as error:
                 raise BadRequest(f"not complete within {HEADERS_S:g} s") from error
             finally:
@@ -253,12 +256,27 @@ class HttpServer:
         except OSError as error:  # the peer has closed the connection, or did not read in time
             log.debug("HTTP connection ended", extra={"peer": connection.peer, "cause": str(error)})
 
+    async def _read_head(self, connection: Connection) -> bytes:
+        """Returns the request up to the empty line. Raises BadRequest, and OSError if the connection breaks."""
+        received = connection.received
+        while (end := received.find(END)) < 0:
+            if len(received) >= MAX_HEADER_BYTES:
+                raise BadRequest(f"longer than {MAX_HEADER_BYTES} bytes")
+            if received:
+                await self._clock.sleep(READ_S)
+            wanted = MAX_HEADER_BYTES - len(received)
+            piece = await asyncio.get_running_loop().sock_recv(connection.sock, wanted)
+            if not piece:
+                raise BadRequest("connection closed")
+            received += piece
+        return bytes(received[: end + len(END)])
+
     async def _send(self, sock: socket.socket, data: bytes) -> None:
-        """Sends one piece in a turn of the event loop, also if many peers read quickly."""
+        """Sends a piece every PIECE_S, also if many peers read quickly."""
         view = memoryview(data)
         for start in range(0, len(data), PIECE_BYTES):
             async with self._turn:
-                await asyncio.sleep(0)
+                await self._clock.sleep(PIECE_S)
             await asyncio.get_running_loop().sock_sendall(sock, view[start : start + PIECE_BYTES])
 
     async def _answer(self, request: Request) -> Answer:
@@ -306,17 +324,3 @@ def _listening(family: int, address: tuple[Any, ...]) -> socket.socket:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return sock
-
-
-async def _read_head(connection: Connection) -> bytes:
-    """Returns the request up to the empty line. Raises BadRequest, and OSError if the connection breaks."""
-    received = connection.received
-    while (end := received.find(END)) < 0:
-        if len(received) >= MAX_HEADER_BYTES:
-            raise BadRequest(f"longer than {MAX_HEADER_BYTES} bytes")
-        wanted = MAX_HEADER_BYTES - len(received)
-        piece = await asyncio.get_running_loop().sock_recv(connection.sock, wanted)
-        if not piece:
-            raise BadRequest("connection closed")
-        received += piece
-    return bytes(received[: end + len(END)])

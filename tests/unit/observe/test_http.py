@@ -9,7 +9,6 @@ import itertools
 import json
 import logging
 import socket
-from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 
 import aiohttp
@@ -26,6 +25,8 @@ from usbip_plugin.observe.http import (
     MAX_HEADER_BYTES,
     MAX_PER_PEER,
     PIECE_BYTES,
+    PIECE_S,
+    READ_S,
     Answer,
     BadRequest,
     HttpServer,
@@ -209,8 +210,7 @@ async def test_a_flood_of_connections_lets_the_event_loop_run_after_each() -> No
     async with attacked({}, clock) as (_server, peers):
         for number in range(50):
             await peers.connect(HALF, 2 + number)
-        await until(lambda: len(clock.slept) >= 50)
-        assert set(clock.slept) == {ACCEPT_S}
+        await until(lambda: clock.slept.count(ACCEPT_S) >= 50)
 
 
 async def test_requests_under_way_do_not_give_way() -> None:
@@ -255,20 +255,16 @@ async def test_an_answer_that_is_not_read_in_time_is_given_up_and_holds_no_copy(
         assert not server._open
 
 
-async def test_one_piece_is_sent_in_a_turn_of_the_event_loop_however_many_peers_read(
+async def test_all_peers_together_get_one_piece_every_piece_s_however_quickly_they_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    loop, turn, sent = asyncio.get_running_loop(), [0], Counter[int]()
+    loop, order = asyncio.get_running_loop(), list[str]()
     send = loop.sock_sendall
 
-    def tick() -> None:
-        turn[0] += 1
-        loop.call_soon(tick)
-
     async def sock_sendall(sock: socket.socket, data: bytes) -> None:
-        assert len(data) <= PIECE_BYTES
         if sock.getsockname()[1] == server.port:
-            sent[turn[0]] += 1
+            assert len(data) <= PIECE_BYTES
+            order.append("sent")
         await send(sock, data)
 
     body, all_asked = b"x" * (10 * PIECE_BYTES), asyncio.Barrier(8)
@@ -277,14 +273,35 @@ async def test_one_piece_is_sent_in_a_turn_of_the_event_loop_however_many_peers_
         await all_asked.wait()
         return Answer(body)
 
-    async with attacked({"/": page}) as (server, peers):
+    clock = InstantClock(lambda: order.append("slept") if clock.slept[-1] == PIECE_S else None)
+    async with attacked({"/": page}, clock) as (server, peers):
         monkeypatch.setattr(loop, "sock_sendall", sock_sendall)
-        tick()
         readers = [await peers.connect(WHOLE, 2 + number) for number in range(8)]
         answers = await asyncio.gather(*map(received, readers))
     assert all(answer.endswith(body) for answer in answers)
-    assert sent.total() == 8 * 11
-    assert set(sent.values()) == {1}
+    assert order == ["slept", "sent"] * (8 * 11)
+
+
+async def test_a_peer_that_sends_single_bytes_is_read_every_read_s_only() -> None:
+    reading, go_on = asyncio.Event(), asyncio.Event()
+
+    class Clock(SystemClock):
+        async def sleep(self, seconds: float) -> None:
+            if seconds == READ_S:
+                reading.set()
+                await go_on.wait()
+
+    async with attacked({"/": lambda: Answer(b"served")}, Clock()) as (server, peers):
+        slow = await peers.connect(b"G")
+        await reading.wait()
+        for byte in WHOLE[1:-1]:
+            await asyncio.get_running_loop().sock_sendall(slow, bytes((byte,)))
+        assert (await received(await peers.connect(WHOLE, 2))).endswith(b"served")
+        assert [bytes(one.received) for one in server._open] == [b"G"]
+        reading.clear()
+        go_on.set()
+        await reading.wait()
+        assert [bytes(one.received) for one in server._open] == [WHOLE[:-1]], "all that came meanwhile, at once"
 
 
 async def test_a_request_larger_than_the_limit_is_closed(caplog: pytest.LogCaptureFixture) -> None:
