@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import threading
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -162,6 +164,21 @@ async def test_the_file_loaded_at_start_is_not_reported_again_but_a_change_befor
     path.write_text(text("c"))
     async with watching(path, loaded) as results:
         assert await results.next() == ("c",)
+
+
+async def test_the_file_is_read_while_every_thread_of_the_default_executor_is_blocked(tmp_path: Path) -> None:
+    path, end = tmp_path / "config.yaml", threading.Event()
+    path.write_text(text("a"))
+    loop = asyncio.get_running_loop()
+    loop.set_default_executor(ThreadPoolExecutor(1))
+    blocked = loop.run_in_executor(None, end.wait, PATIENCE_S)
+    try:
+        async with watching(path) as results:
+            assert await results.next() == ("a",)
+            assert not blocked.done()
+    finally:
+        end.set()
+        await blocked
 
 
 def test_an_unreadable_file_is_a_config_error(tmp_path: Path) -> None:
