@@ -214,7 +214,7 @@ def keys() -> tuple[Key, ...]:
             "resources.NAME.allowClasses",
             "list of classes, as in `selector.class`",
             "see [below](#which-interfaces)",
-            "classes that every interface of a device must have",
+            "classes of the interfaces that are allowed",
         ),
         Key(
             "resources.NAME.onLoss",

@@ -230,7 +230,7 @@ class HubRefused(VhciError):
 
 
 class InterfacesRefused(VhciError):
-    """The device has interfaces that its resource does not allow. It was detached and never authorised."""
+    """The device has interfaces that its resource does not allow, and cannot be attached without. It was detached."""
 
 
 class NodesMissing(VhciError):

@@ -8,7 +8,7 @@ import functools
 import hashlib
 import ipaddress
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -148,35 +148,58 @@ def to_node(interface: InterfaceClass) -> str:
     return ""
 
 
+def described(interface: InterfaceClass) -> str:
+    """Returns an interface for people, such as "a keyboard (03/01/01)"."""
+    what = f"a {kind}" if (kind := to_node(interface)) else "an interface"
+    return f"{what} ({interface.class_:02x}/{interface.subclass:02x}/{interface.protocol:02x})"
+
+
 @dataclass(frozen=True, slots=True)
 class InterfaceRules:
-    """Which device may be authorised on a node, by its interfaces and all their alternate settings.
+    """Which interfaces of a device may be authorised on a node. An interface has one or more alternate settings.
 
-    selected: class codes; the device or an interface must have one of them. Empty for any.
-    allowed: class codes that every interface must have; None for any except keyboards, mice and network interfaces.
+    selected: class codes; the device or an interface that is allowed must have one of them. Empty for any.
+    allowed: class codes of interfaces that are allowed; None for any except keyboards, mice and network interfaces.
     asked: class codes whose keyboards, mice and network interfaces are allowed nevertheless if `allowed` is None.
+    exactly: if not None, interfaces that are allowed, whatever `allowed` and `asked` say.
     """
 
     selected: tuple[int, ...] = ()
     allowed: tuple[int, ...] | None = None
     asked: tuple[int, ...] = ()
+    exactly: tuple[InterfaceClass, ...] | None = None
 
-    def problem(self, device_class: int, interfaces: Iterable[InterfaceClass]) -> str | None:
-        """Returns why a device with these interfaces must not be authorised and what to do about it, or None."""
-        found = frozenset(interfaces)
-        classes = {device_class, *(interface.class_ for interface in found)}
-        if self.selected and classes.isdisjoint(self.selected):
+    def allows(self, settings: Collection[InterfaceClass]) -> bool:
+        """Returns whether an interface may be authorised. settings: all its alternate settings; none if unknown."""
+        return bool(settings) and all(map(self._allows, settings))
+
+    def problem(self, device_class: int, interfaces: Iterable[Collection[InterfaceClass]]) -> str | None:
+        """Returns why a device must not be authorised, not even a part of it, and what to do about it, or None.
+
+        interfaces: the alternate settings of each.
+        """
+        every = tuple(interfaces)
+        allowed = [settings for settings in every if self.allows(settings)]
+        if self.selected and self._lacks_selected(device_class, every):
             wanted = " or ".join(f"{class_:02x}" for class_ in self.selected)
             return f"has no interface of class {wanted}, as its selector names: its server listed something else"
-        for one in sorted(found):
-            if not self._allows(one):
-                what = f"a {kind}" if (kind := to_node(one)) else "an interface"
-                code = f"{one.class_:02x}/{one.subclass:02x}/{one.protocol:02x}"
-                cure = "if the node may have it, list the classes of all its interfaces in allowClasses"
-                return f"has {what} ({code}) that its resource does not allow; {cure}"
+        if (every and not allowed) or (self.selected and self._lacks_selected(device_class, allowed)):
+            cure = "if the node may have it, list the classes of all its interfaces in allowClasses"
+            return f"{self.objection(every)}; {cure}"
         return None
 
+    def objection(self, interfaces: Iterable[Collection[InterfaceClass]]) -> str:
+        """Returns what the first interface is that must not be authorised, as the predicate of a sentence."""
+        refused = sorted(one for settings in interfaces for one in settings if not self._allows(one))
+        return f"has {described(refused[0]) if refused else 'an unknown interface'} that its resource does not allow"
+
+    def _lacks_selected(self, device_class: int, interfaces: Iterable[Collection[InterfaceClass]]) -> bool:
+        classes = {one.class_ for settings in interfaces for one in settings}
+        return (classes | {device_class}).isdisjoint(self.selected)
+
     def _allows(self, interface: InterfaceClass) -> bool:
+        if self.exactly is not None:
+            return interface in self.exactly
         if self.allowed is not None:
             return interface.class_ in self.allowed
         return interface.class_ in self.asked or not to_node(interface)
@@ -259,6 +282,8 @@ class Attachment:
     serial, manufacturer, model: the device's own strings, printable and bounded; None where it has none.
     nodes: first the USB node, then its children by path.
     net: network interfaces of the device, which stay in the node's network namespace.
+    interfaces: USB interfaces that are authorised, sorted, with all alternate settings.
+    withheld: USB interfaces that are not, so that no driver and no process can use them.
     """
 
     key: DeviceKey
@@ -270,6 +295,8 @@ class Attachment:
     manufacturer: str | None = None
     model: str | None = None
     net: tuple[str, ...] = ()
+    interfaces: tuple[InterfaceClass, ...] = ()
+    withheld: tuple[InterfaceClass, ...] = ()
 
 
 @dataclass(frozen=True, order=True, slots=True)

@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from tests.fuzz.fuzz_target import Target, attempt, fit_to_show
+from tests.rigs.vhci_fake_sysfs import raw_descriptors
 from usbip_plugin.errors import VhciError
-from usbip_plugin.model import DeviceKey, ServerKey
+from usbip_plugin.model import DeviceKey, InterfaceClass, ServerKey
 from usbip_plugin.vhci import devices, hubs, sysfs, uevents
 from usbip_plugin.vhci.children import expected_nodes
 from usbip_plugin.vhci.devices import read_attributes
+from usbip_plugin.vhci.interfaces import authorized_and_withheld, parse_descriptors
 from usbip_plugin.vhci.records import MAX_RECORD, Record, Records, format_record, parse_record
 from usbip_plugin.vhci.sysfs import PortTable
 
@@ -122,6 +124,14 @@ def device_files(data: bytes, directory: Path) -> None:
     for name in found.net:
         fit_to_show(name, 15)
     expected_nodes(device)
+    authorized_and_withheld(device)
+
+
+def interfaces(data: bytes) -> None:
+    """Parses the descriptors of a device, whose interfaces are all found, whatever lies between them."""
+    found = parse_descriptors(data)
+    assert all(0 <= number < 256 for place in found.settings for number in place)
+    assert all(found.settings.values())
 
 
 def hub_files(data: bytes, directory: Path) -> None:
@@ -173,6 +183,7 @@ TARGETS = (
         _in_a_directory(port_files),
         lambda: (b"\0".join([STATUS.encode(), b"6\n", STATUS.encode(), b"10.0.0.1 3240 1-2\n"]),),
     ),
+    Target("interfaces", interfaces, lambda: (raw_descriptors(0, (InterfaceClass(2, 2, 1), InterfaceClass(3, 1, 1))),)),
     Target("device-files", _in_a_directory(device_files), _devices),
     Target("hub-files", _in_a_directory(hub_files), lambda: (b"480\n\0001\n\0001\n", b"5000\n\0000\n\000"), 256),
 )

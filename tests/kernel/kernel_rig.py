@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.kernel.gadget import CLIENT_DRIVERS, gadget
 from tests.rigs.usbipd import RealUsbipd, eventually
 from usbip_plugin.attach.pipeline import import_busy
 from usbip_plugin.clock import SystemClock
@@ -24,6 +25,8 @@ from usbip_plugin.vhci.uevents import NetlinkUevents
 
 TWINS = ("SERIAL1", "SERIAL2")
 DISK, DISK_SUPER, KEYBOARD = "DISKHS", "DISKSS", "KEYBOARD"
+MODEM = "MODEM"
+"""Serial number of a gadget, which is there once it was imported."""
 ALL = (*TWINS, DISK, DISK_SUPER, KEYBOARD)
 LIMIT_S = 10.0
 CLEAN_S = 90.0
@@ -42,9 +45,9 @@ def raw_tty(path: str) -> Iterator[int]:
 
 
 def hubs_authorize() -> bool:
-    """Returns whether all root hubs of vhci authorise new devices, which is the kernel's default."""
-    hubs = list(Path("/sys/devices/platform").glob("vhci_hcd.*/usb*/authorized_default"))
-    return bool(hubs) and all(hub.read_text() == "1\n" for hub in hubs)
+    """Returns whether all root hubs of vhci authorise new devices and interfaces, which is the kernel's default."""
+    files = list(Path("/sys/devices/platform").glob("vhci_hcd.*/usb*/*authorized_default"))
+    return bool(files) and all(file.read_text() == "1\n" for file in files)
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,8 @@ class KernelRig:
         self._group = group
         self._tasks: list[asyncio.Task[None]] = []
         self._silent: list[socket.socket] = []
+        self._gadgets = contextlib.ExitStack()
+        self._has_modem = False
 
     def plugin(self) -> SysfsVhci:
         driver = SysfsVhci(self.clock, NetlinkUevents(self.clock))
@@ -100,6 +105,15 @@ class KernelRig:
 
     async def import_keyboard(self) -> Connection:
         return await self.import_serial(KEYBOARD)
+
+    async def import_modem(self) -> Connection:
+        """Imports a gadget with the functions of a modem and of a keyboard."""
+        if not self._has_modem:
+            self._has_modem = True
+            self.usbipd.load_modules(CLIENT_DRIVERS)
+            self._gadgets.enter_context(gadget(self.usbipd, MODEM, "acm", "hid")).plug()
+            self.usbipd.bind(self.usbipd.busid(MODEM))
+        return await self.import_serial(MODEM)
 
     async def import_stuck(self) -> Connection:
         near, far = socket.socketpair()
@@ -145,3 +159,4 @@ class KernelRig:
             task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.gather(*self._tasks)
+        self._gadgets.close()

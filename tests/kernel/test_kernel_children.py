@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import fcntl
 import os
 import struct
 import subprocess
@@ -13,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.kernel.gadget import CLIENT_DRIVERS, LINUX_GADGET, Gadget, gadget
-from tests.kernel.kernel_rig import DISK, KernelRig
+from tests.kernel.kernel_rig import DISK, KernelRig, hubs_authorize
 from tests.rigs.agent_rig import (
     PATIENCE_S,
     POD,
@@ -41,11 +43,12 @@ from tests.rigs.usbipd import RealUsbipd, eventually
 from usbip_plugin.attach.events import EventKind
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.locks.record import lock_of
-from usbip_plugin.model import HID_CLASS, DeviceKey, Reason, UsbId
+from usbip_plugin.model import HID_CLASS, Attachment, DeviceKey, Reason, UsbId
 
 GADGET = "gadget"
 AUDIO = "AUDIO"
 SECTOR = 512
+USBDEVFS_CLAIMINTERFACE = 0x8004550F  # _IOR('U', 15, unsigned int)
 OTHER_MODE = UsbId(0x1D6B, 0x0105)
 
 
@@ -71,19 +74,69 @@ def without_ftdi(rig: KernelRig) -> Iterator[None]:
     rig.usbipd.load_modules(("ftdi_sio",))
 
 
-@pytest.mark.parametrize("pretender", ["hid", "ecm"])
-async def test_a_converter_that_is_a_keyboard_or_network_adapter_as_well_is_never_authorised(
-    rig: KernelRig, pretender: str
+def interfaces(attachment: Attachment) -> dict[str, tuple[str, str]]:
+    """Returns the driver ("" for none) and `authorized` of each interface, by its class and subclass."""
+    found = {}
+    for folder in Path("/sys/bus/usb/devices").glob(f"{attachment.local_busid}:*"):
+        class_, subclass = ((folder / name).read_text().strip() for name in ("bInterfaceClass", "bInterfaceSubClass"))
+        driver = (folder / "driver").resolve().name if (folder / "driver").exists() else ""
+        found[f"{class_}/{subclass}"] = driver, (folder / "authorized").read_text().strip()
+    return found
+
+
+def claim(attachment: Attachment, number: int) -> None:
+    """Claims an interface through the USB node, as a pod may. Raises OSError."""
+    with Path(attachment.nodes[0].path).open("r+b", buffering=0) as node:
+        fcntl.ioctl(node, USBDEVFS_CLAIMINTERFACE, struct.pack("I", number))
+
+
+@pytest.mark.parametrize(
+    ("pretender", "code", "what"), [("hid", "03/01", "a keyboard"), ("ecm", "02/06", "a network interface")]
+)
+async def test_a_modem_that_is_a_keyboard_or_network_adapter_as_well_is_attached_without_it(
+    rig: KernelRig, pretender: str, code: str, what: str
 ) -> None:
-    usbipd = rig.usbipd
+    usbipd, events = rig.usbipd, ReportedEvents()
     usbipd.load_modules(CLIENT_DRIVERS)
     with gadget(usbipd, "PRETENDER", "acm", pretender) as device:
         device.plug()
         config, key = select(usbipd, "PRETENDER", children=("tty",))
-        async with agent_with(config, key) as world:
+        async with agent_with(config, key, events=events) as world:
             node = on(world)
-            failure = await refusal(node, GADGET, key)
-            assert "that its resource does not allow" in failure
+            got = await admitted(node, GADGET)
+            os.close(os.open(got.envs["USBIP_GADGET_0_TTY"], os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK))
+            await until_pod_noted(world.backend, key)
+            assert what in await events.until(EventKind.WITHHELD)
+            assert f", without {what}" in advertised(node, key).health.detail
+            for _ in range(2):
+                attachment = attachment_of(node, key)
+                found = interfaces(attachment)
+                assert found["02/02"] == ("cdc_acm", "1")
+                assert found[code] == ("", "0")
+                with pytest.raises(OSError, match=os.strerror(errno.ENODEV)):
+                    claim(attachment, 2)
+                assert hubs_authorize()
+                usbipd.drop(key.busid)
+                await until_reason(node, key, Reason.LOST)
+                await until_reason(node, key, Reason.ATTACHED)
+            await node.stop()
+            node.start()
+            await until_health(node, {key.id: True})
+            assert interfaces(attachment_of(node, key))[code] == ("", "0")
+            await end(world, POD, key)
+
+
+async def test_a_device_that_is_nothing_but_a_keyboard_is_never_authorised(
+    rig: KernelRig,
+) -> None:
+    usbipd = rig.usbipd
+    usbipd.load_modules(CLIENT_DRIVERS)
+    with gadget(usbipd, "PRETENDER", "hid") as device:
+        device.plug()
+        config, key = select(usbipd, "PRETENDER")
+        async with agent_with(config, key) as world:
+            failure = await refusal(on(world), GADGET, key)
+            assert "has a keyboard (03/01/01) that its resource does not allow" in failure
             assert "allowClasses" in failure
             assert not busy_rows()
             assert not imported_interfaces()

@@ -25,7 +25,7 @@ from tests.kernel.kernel_rig import (
 )
 from tests.rigs.agent_rig import arrives
 from tests.rigs.usbipd import RealUsbipd, eventually
-from tests.rigs.vhci_contract import VhciContract, attached, state
+from tests.rigs.vhci_contract import BOOT_KEYBOARD, VhciContract, attached, state
 from usbip_plugin.errors import AttachStuck, DeviceBusy, HubRefused, WrongDevice, WrongSerial
 from usbip_plugin.model import (
     HID_CLASS,
@@ -183,6 +183,19 @@ class TestDevices:
             with pytest.raises(HubRefused):
                 await attached(driver, imported)
             assert not [port for port in await driver.ports() if port.status is not PortStatus.NULL]
+
+    async def test_devices_attached_while_another_has_an_interface_withheld_have_all_theirs(
+        self, rig: KernelRig
+    ) -> None:
+        """They share a root hub, so their interfaces may come into being while it authorises none."""
+        driver = rig.plugin()
+        for _ in range(5):
+            imports = [await rig.import_modem(), *[await rig.import_serial(serial) for serial in TWINS]]
+            found = await asyncio.gather(*(attached_whole(driver, imported, ("tty",)) for imported in imports))
+            assert [[node.kind for node in one.nodes] for one in found] == [["usb", "tty"]] * 3
+            assert [one.withheld for one in found] == [(BOOT_KEYBOARD,), (), ()]
+            assert hubs_authorize()
+            await asyncio.gather(*(driver.detach(one.port, timeout=LIMIT_S) for one in found))
 
     async def test_a_device_of_10_gbit_is_attached_at_the_speed_that_the_kernel_takes(self, rig: KernelRig) -> None:
         """vhci_hcd takes USB_SPEED_SUPER_PLUS since Linux 6.12."""

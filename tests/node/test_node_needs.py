@@ -90,6 +90,16 @@ def test_check_names_a_missing_part(api: Api, base: Plugin, needed: str) -> None
         assert Path("/sys/module/apparmor/parameters/enabled").read_text().strip() == "Y"
 
 
+@pytest.mark.parametrize("change", [without("drivers-probe"), read_only("drivers-probe")], ids=["without", "read-only"])
+def test_check_warns_where_no_interface_can_be_withheld(
+    api: Api, base: Plugin, change: Callable[[Object], None]
+) -> None:
+    status, output = run_check(api, base, "check-drivers-probe", change)
+    assert status == 0, output
+    assert "WARN  vhci_hcd access" in output
+    assert "cannot write /sys/bus/usb/drivers_probe: Read-only file system" in output
+
+
 def test_check_reports_a_missing_token(api: Api, base: Plugin) -> None:
     status, output = run_check(api, base, "check-token", nothing, token=False)
     assert status == 1, output

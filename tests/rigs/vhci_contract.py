@@ -9,11 +9,12 @@ from typing import Protocol
 import pytest
 
 from usbip_plugin.errors import AttachStuck, InterfacesRefused, PortsExhausted, WrongDevice
-from usbip_plugin.model import HID_CLASS, Attachment, Descriptor, DeviceKey, InterfaceRules, UsbId
+from usbip_plugin.model import HID_CLASS, Attachment, Descriptor, DeviceKey, InterfaceClass, InterfaceRules, UsbId
 from usbip_plugin.vhci.driver import PortState, VhciDriver
 from usbip_plugin.vhci.sysfs import PortStatus
 
 LIMIT_S = 20.0
+BOOT_KEYBOARD = InterfaceClass(HID_CLASS, 1, 1)
 
 
 class Imported(Protocol):
@@ -28,7 +29,10 @@ class Imported(Protocol):
 
 
 class Rig(Protocol):
-    """A kernel, and a server with a SuperSpeed device, two identical devices of high or full speed and a keyboard."""
+    """A kernel, and a server with a SuperSpeed device, two identical devices of high or full speed and a keyboard.
+
+    The server has also a modem (cdc_acm) that is a keyboard as well.
+    """
 
     def plugin(self) -> VhciDriver:
         """Returns the driver of a new plugin process on this node. Its run() is running."""
@@ -40,6 +44,7 @@ class Rig(Protocol):
 
     async def import_super(self) -> Imported: ...
     async def import_keyboard(self) -> Imported: ...
+    async def import_modem(self) -> Imported: ...
     async def import_stuck(self) -> Imported:
         """Returns a connection that never answers."""
         ...
@@ -191,6 +196,28 @@ class VhciContract:
             port = await begin_attach(driver, imported)
             assert await driver.enumerate(imported.key, imported.descriptor, port, rules=rules, timeout=LIMIT_S)
             await driver.detach(port, timeout=LIMIT_S)
+
+    @pytest.mark.short
+    async def test_an_interface_that_is_not_allowed_is_withheld_from_a_device_that_has_others(self, rig: Rig) -> None:
+        imported, driver = await rig.import_modem(), rig.plugin()
+        port = await begin_attach(driver, imported)
+        found = await driver.enumerate(imported.key, imported.descriptor, port, children=("tty",), timeout=LIMIT_S)
+        assert [node.kind for node in found.nodes] == ["usb", "tty"]
+        assert (found.withheld, BOOT_KEYBOARD in found.interfaces) == ((BOOT_KEYBOARD,), False)
+        assert await rig.plugin().inspect(imported.key, port) == found, "the next process"
+        await driver.detach(port, timeout=LIMIT_S)
+        for rules in (InterfaceRules(selected=(3,)), InterfaceRules(allowed=(0x08,)), InterfaceRules(exactly=())):
+            again = await rig.import_modem()
+            port = await begin_attach(driver, again)
+            with pytest.raises(InterfacesRefused, match="resource does not allow"):
+                await driver.enumerate(again.key, again.descriptor, port, rules=rules, timeout=LIMIT_S)
+            assert (await state(driver, port)).status is PortStatus.NULL
+        again = await rig.import_modem()
+        port = await begin_attach(driver, again)
+        both, more = ("tty", "hidraw"), InterfaceRules(exactly=(*found.interfaces, BOOT_KEYBOARD))
+        whole = await driver.enumerate(again.key, again.descriptor, port, children=both, rules=more, timeout=LIMIT_S)
+        assert {node.kind for node in whole.nodes} >= {"tty", "hidraw"}
+        assert (whole.withheld, BOOT_KEYBOARD in whole.interfaces) == ((), True)
 
     async def test_a_silent_device_is_stuck_and_its_port_freed(self, rig: Rig) -> None:
         driver, imported = rig.plugin(), await rig.import_stuck()

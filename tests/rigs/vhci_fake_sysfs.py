@@ -16,6 +16,8 @@ from usbip_plugin.vhci.sysfs import hub_of
 from usbip_plugin.vhci.uevents import Uevent
 
 CONTROLLERS = 2
+NODE_OF_CLASS = {"02": "tty", "03": "hidraw"}
+"""Subsystem of the node that the driver of an interface makes, by bInterfaceClass."""
 PER_HUB = 3
 
 
@@ -74,9 +76,13 @@ class FakeSysfs:
                 folder.mkdir(parents=True)
                 (folder / "speed").write_text(speed + "\n")
                 (folder / "authorized_default").write_text("1\n")
+                (folder / "interface_authorized_default").write_text("1\n")
                 for port in range(PER_HUB):
                     self.rows.append(Row(len(self.rows), hub, folder / f"{bus}-{port + 1}"))
                 bus += 1
+        self.probe_file = self.root / "bus/usb/drivers_probe"
+        self.probe_file.parent.mkdir(parents=True)
+        self.probe_file.write_text("")
         self.base = base / "vhci_hcd.0"
         (self.base / "nports").write_text(f"{len(self.rows)}\n")
         for name in ("attach", "detach"):
@@ -110,6 +116,13 @@ class FakeSysfs:
                     if row.status == 4:
                         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
                     self.free(row.number)
+                case "authorized" if ":" in path.parent.name:
+                    self._hang(path.parent.parent)
+                    path.write_text(text + "\n")
+                case "drivers_probe":
+                    for interface in self.base.parent.glob(f"vhci_hcd.*/usb*/*/{text}"):
+                        self._hang(interface.parent)
+                        self._bind(interface)
                 case "authorized":
                     self._hang(path.parent)
                     path.write_text(text + "\n")
@@ -137,11 +150,28 @@ class FakeSysfs:
         self._render()
 
     def _probe(self, device: Path) -> None:
-        """Makes the nodes of the device's drivers, each in an interface of vendor class."""
+        """Makes the device's interfaces, and binds drivers to those that are authorised.
+
+        Other nodes are each in an interface of vendor class.
+        """
         row = next(row for row in self.rows if row.device == device)
+        authorized = (device.parent / "interface_authorized_default").read_text()
+        for number, one in enumerate(self.devices[row.devid].interfaces):
+            if not (device / f"{device.name}:1.{number}").exists():
+                interface = add_interface(device, number, one.class_, one.subclass)
+                (interface / "authorized").write_text(authorized)
+                self._bind(interface)
         for number, subsystem in enumerate(self.child_kinds.get(self.devices[row.devid].usb_id, ())):
             interface = add_interface(device, number, 0xFF)
             add_node(interface / subsystem / f"{subsystem}{number}", subsystem, f"{subsystem}{number}", 240, number)
+
+    def _bind(self, interface: Path) -> None:
+        """Binds a driver to an interface if it is authorised and has none."""
+        if (interface / "authorized").read_text() != "1\n" or (interface / "driver").exists():
+            return
+        (interface / "driver").mkdir()
+        if subsystem := NODE_OF_CLASS.get((interface / "bInterfaceClass").read_text().strip()):
+            add_node(interface / subsystem / f"{subsystem}0", subsystem, f"{subsystem}0", 240, 0)
 
     def take(self, port: int, *, status: int = 6, devid: int = 0xFFFF) -> None:
         """Occupies a port, like an attach by another process."""

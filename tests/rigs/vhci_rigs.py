@@ -9,10 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tests.rigs.vhci_contract import Imported
+from tests.rigs.vhci_contract import BOOT_KEYBOARD, Imported
 from tests.rigs.vhci_fake_sysfs import FakeSysfs
 from usbip_plugin.clock import Clock, SystemClock
-from usbip_plugin.model import HID_CLASS, Descriptor, DeviceKey, InterfaceClass, ServerKey, UsbId
+from usbip_plugin.model import Descriptor, DeviceKey, InterfaceClass, ServerKey, UsbId
 from usbip_plugin.vhci.driver import VhciDriver
 from usbip_plugin.vhci.linux import SysfsVhci
 from usbip_plugin.vhci.uevents import Uevent
@@ -33,9 +33,13 @@ def descriptor(busid: str, devnum: int, speed: int, usb_id: UsbId = STICK) -> De
 
 TWINS = (descriptor("1-1", 2, 2), descriptor("1-2", 3, 2))
 SUPER = descriptor("2-1", 4, 5, UsbId(0x46F4, 1))
-KEYBOARD = replace(descriptor("1-3", 5, 1, UsbId(0x046D, 0xC31C)), interfaces=(InterfaceClass(HID_CLASS, 1, 1),))
+KEYBOARD = replace(descriptor("1-3", 5, 1, UsbId(0x046D, 0xC31C)), interfaces=(BOOT_KEYBOARD,))
+MODEM = replace(
+    descriptor("1-4", 6, 2, UsbId(0x1D6B, 0x0104)),
+    interfaces=(InterfaceClass(0x02, 2, 1), InterfaceClass(0x0A, 0, 0), BOOT_KEYBOARD),
+)
 STUCK = descriptor("1-9", 9, 3)
-DEVICES = {one.devid: one for one in (*TWINS, SUPER, KEYBOARD, STUCK)}
+DEVICES = {one.devid: one for one in (*TWINS, SUPER, KEYBOARD, MODEM, STUCK)}
 
 
 @dataclass
@@ -116,6 +120,9 @@ class BaseRig:
 
     async def import_keyboard(self) -> Connection:
         return self.server.connect(KEYBOARD)
+
+    async def import_modem(self) -> Connection:
+        return self.server.connect(MODEM)
 
     async def is_free_on_server(self, key: DeviceKey) -> bool:
         return self.server.free(key)

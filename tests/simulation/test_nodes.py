@@ -14,6 +14,7 @@ from tests.simulation.cluster_rig import (
     STICK,
     Cluster,
     attachment_of,
+    detail,
     offered,
     one_stick,
     pod,
@@ -25,7 +26,7 @@ from tests.simulation.cluster_rig import (
 )
 from usbip_plugin.attach.events import DeviceEvent, EventKind
 from usbip_plugin.attach.usage import ALLOCATION_GRACE
-from usbip_plugin.model import DeviceKey, Reason
+from usbip_plugin.model import DeviceKey, InterfaceClass, Reason
 from usbip_plugin.vhci.sysfs import PortStatus
 from usbip_sim.kubelet.specs import resolve
 from usbip_sim.server.usbdevice import VirtualDevice
@@ -274,3 +275,18 @@ async def test_a_network_interface_of_a_device_is_an_event_of_its_pod() -> None:
             )
             in notices
         )
+
+
+@stepped
+async def test_an_interface_that_is_withheld_is_an_event_of_its_pod_and_stays_withheld_after_a_loss() -> None:
+    notices: list[DeviceEvent] = []
+    async with one_stick(nodes=1, notices=notices) as (c, _lab, device):
+        node = c["node-a"]
+        node.kernel.interfaces[STICK] = (InterfaceClass(0xFF, 0, 0), InterfaceClass(3, 1, 1))
+        assert await node.admit(pod("p"), "stick") is None
+        assert await c.settle(lambda: bool(texts(notices, EventKind.WITHHELD)), 5)
+        text = "a keyboard (03/01/01) withheld, because the resource does not allow it"
+        assert DeviceEvent(EventKind.WITHHELD, device, text, pod("p")) in notices
+        assert detail(node, device).endswith(", without a keyboard (03/01/01)")
+        await c.lost_and_back(node, device)
+        assert attachment_of(node, device).withheld == (InterfaceClass(3, 1, 1),)

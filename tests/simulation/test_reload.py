@@ -10,8 +10,10 @@ import pytest
 
 from tests.simulation.cluster_rig import (
     DONGLE,
+    STICK,
     Cluster,
     agent,
+    attachment_of,
     cluster,
     dongle,
     key,
@@ -33,7 +35,7 @@ from usbip_plugin.config.schema import Config, DeviceSelector, OnLoss, ResourceC
 from usbip_plugin.errors import AllocateTimeout, UnknownDevice
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer, DeviceStates
 from usbip_plugin.kubelet.publish import SENT_TIMEOUT
-from usbip_plugin.model import DeviceKey, Reason
+from usbip_plugin.model import DeviceKey, InterfaceClass, Reason
 from usbip_sim.server.server import VirtualServer
 from usbip_sim.virtual.cluster_node import ClusterNode
 from usbip_sim.virtual.steploop import loop_of, stepped
@@ -133,6 +135,30 @@ async def test_a_removed_device_stays_with_its_pod_and_goes_to_no_other(how: str
         assert await c.settle(lambda: held.id not in c.health(node), 1)
         assert await node.admit(pod("q"), "other" if how == "another resource" else "stick") is None
         assert (held in node.attached()) is (how == "another resource")
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+@pytest.mark.parametrize("gone", [True, False], ids=["resource gone", "device gone"])
+@stepped
+async def test_a_lost_device_that_was_removed_is_back_with_the_interfaces_that_it_had(
+    gone: bool, restarted: bool
+) -> None:
+    lab, keyboard, mouse = server("lab", stick("1-1")), InterfaceClass(3, 1, 1), InterfaceClass(3, 1, 2)
+    held = key(lab, "1-1")
+    async with cluster(spec([lab], only("stick", held, allow_classes=(3,)))) as c:
+        c["node-a"].kernel.interfaces[STICK] = (keyboard,)
+        node = await c.taken(held)
+        reload(c, *(() if gone else (only("stick", key(lab, "1-2")),)))
+        if restarted:
+            await node.stop()
+            node.start()
+            await c.becomes(node, held, healthy=True)
+        await c.lost_and_back(node, held)
+        assert attachment_of(node, held).interfaces == (keyboard,)
+        if not (gone and not restarted):  # a resource that is gone keeps its rules until the next start
+            node.kernel.interfaces[STICK] = (keyboard, mouse)
+            await c.lost_and_back(node, held)
+            assert (attachment_of(node, held).interfaces, attachment_of(node, held).withheld) == ((keyboard,), (mouse,))
 
 
 @pytest.mark.parametrize("gone", [True, False], ids=["resource gone", "device gone"])

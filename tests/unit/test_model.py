@@ -49,24 +49,50 @@ DEFAULT, HID_ASKED, HID_ALLOWED = InterfaceRules(), InterfaceRules(asked=(3,)), 
     [
         (DEFAULT, [], None),
         (DEFAULT, [SERIAL, SENSOR, MODEM], None),
-        (DEFAULT, [SERIAL, KEYBOARD], "has a keyboard (03/01/01) that its resource does not allow"),
+        (DEFAULT, [KEYBOARD], "has a keyboard (03/01/01) that its resource does not allow"),
+        (DEFAULT, [SERIAL, KEYBOARD], None),
         (DEFAULT, [MOUSE], "has a mouse (03/01/02)"),
-        (DEFAULT, [SERIAL, ETHERNET], "has a network interface (02/06/00)"),
+        (DEFAULT, [ETHERNET], "has a network interface (02/06/00)"),
         (DEFAULT, [RNDIS], "has a network interface (e0/01/03)"),
         (DEFAULT, [InterfaceClass(2, 2, 0xFF)], "has a network interface (02/02/ff)"),
         (DEFAULT, [InterfaceClass(0xEF, 4, 1)], "has a network interface (ef/04/01)"),
         (HID_ASKED, [SERIAL, KEYBOARD, MOUSE], None),
-        (HID_ASKED, [KEYBOARD, ETHERNET], "has a network interface"),
+        (HID_ASKED, [KEYBOARD, ETHERNET], None),
+        (HID_ASKED, [ETHERNET], "has a network interface"),
         (HID_ALLOWED, [KEYBOARD, SENSOR], None),
-        (HID_ALLOWED, [KEYBOARD, SERIAL], "has an interface (ff/00/00)"),
-        (InterfaceRules(allowed=(0xFF,), asked=(3,)), [SERIAL, KEYBOARD], "has a keyboard"),
+        (HID_ALLOWED, [SERIAL], "has an interface (ff/00/00)"),
+        (InterfaceRules(allowed=(0xFF,), asked=(3,)), [KEYBOARD], "has a keyboard"),
+        (InterfaceRules(exactly=(SENSOR,)), [SENSOR, KEYBOARD], None),
+        (InterfaceRules(exactly=(SENSOR,)), [KEYBOARD, SERIAL], "has a keyboard"),
+        (InterfaceRules(allowed=(8,)), [KEYBOARD, SERIAL], "has a keyboard"),
         (InterfaceRules(selected=(3, 8), asked=(3, 8)), [KEYBOARD], None),
         (InterfaceRules(selected=(0xEF,)), [SERIAL], None),
         (InterfaceRules(selected=(8,)), [SERIAL], "has no interface of class 08, as its selector names"),
+        (InterfaceRules(selected=(3,)), [SERIAL, KEYBOARD], "has a keyboard"),
+        (InterfaceRules(selected=(3,)), [SERIAL, KEYBOARD, SENSOR], None),
+        (InterfaceRules(selected=(0xFF,)), [SERIAL, KEYBOARD], None),
     ],
 )
-def test_rules_name_the_first_interface_that_a_device_must_not_have(
+def test_a_device_is_refused_if_nothing_that_it_was_selected_for_is_allowed(
     rules: InterfaceRules, interfaces: list[InterfaceClass], problem: str | None
 ) -> None:
-    found = rules.problem(0xEF, interfaces)
+    found = rules.problem(0xEF, [(one,) for one in interfaces])
     assert found is None if problem is None else found is not None and found.startswith(problem)
+
+
+@pytest.mark.parametrize(
+    ("rules", "settings", "allowed"),
+    [
+        (DEFAULT, [SERIAL], True),
+        (DEFAULT, [SENSOR, KEYBOARD], False),
+        (DEFAULT, [MODEM, ETHERNET], False),
+        (DEFAULT, [], False),
+        (HID_ASKED, [SENSOR, KEYBOARD], True),
+        (InterfaceRules(asked=(3,), exactly=(SENSOR,)), [SENSOR, KEYBOARD], False),
+        (InterfaceRules(allowed=(8,), exactly=(KEYBOARD,)), [KEYBOARD], True),
+    ],
+)
+def test_an_interface_is_allowed_with_all_its_alternate_settings(
+    rules: InterfaceRules, settings: list[InterfaceClass], allowed: bool
+) -> None:
+    assert rules.allows(settings) is allowed

@@ -66,6 +66,11 @@ class EventKind(enum.Enum):
         "The device has a network interface, which stays on the node.",
         "Use it from the node: a device plugin cannot give it to a pod.",
     )
+    WITHHELD = (
+        (WARNING, "DeviceInterfacesWithheld", "Attach", Regarding.POD),
+        "The resource does not allow some of the device's interfaces, so neither the pod nor the node can use them.",
+        "Nothing, or list the classes of all interfaces in `allowClasses`.",
+    )
     MOVED = (
         (NORMAL, "DeviceMoved", "Reattach", Regarding.POD),
         "The device is at another bus ID or server, and was re-attached from there.",

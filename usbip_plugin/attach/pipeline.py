@@ -40,7 +40,16 @@ from usbip_plugin.errors import (
 from usbip_plugin.locks.manager import Grant, LockManager
 from usbip_plugin.locks.protocol import LockMeta
 from usbip_plugin.locks.watch import LockChange
-from usbip_plugin.model import Attachment, Descriptor, DeviceKey, Endpoint, Identity, InterfaceRules, ServerKey
+from usbip_plugin.model import (
+    Attachment,
+    Descriptor,
+    DeviceKey,
+    Endpoint,
+    Identity,
+    InterfaceRules,
+    ServerKey,
+    described,
+)
 from usbip_plugin.observe.spans import device_attributes, span
 from usbip_plugin.observe.tracing import span_context_from
 from usbip_plugin.usbip.client import Imported, UsbipClient
@@ -81,7 +90,8 @@ def with_usb_id(claim: Claim, resource: ResourceConfig, descriptor: Descriptor) 
 def interface_rules(resource: ResourceConfig, claim: Claim, descriptor: Descriptor) -> InterfaceRules:
     """Returns which interfaces the resource allows the claim's device. descriptor: as imported, perhaps elsewhere."""
     offered = replace(descriptor, busid=claim.key.busid)
-    return allowed_interfaces(resource, claim.key, offered, Identity(serial=claim.serial))
+    had = claim.allocated_as.interfaces if claim.allocated_as is not None else ()
+    return allowed_interfaces(resource, claim.key, offered, Identity(serial=claim.serial), had)
 
 
 BUSY_ATTEMPTS = 4
@@ -468,6 +478,9 @@ class Pipeline:
             if self._book[device_id].state is ClaimState.ATTACHING:
                 self._book.move(self._book[device_id], ClaimEvent.STUCK)
             raise
+        if found.withheld:
+            extra = {"device": str(claim.key), "interfaces": list(map(described, found.withheld))}
+            log.warning("interfaces withheld", extra=extra)
         if lacking := missing(claim.children, found.nodes):
             kinds = sorted({node.kind for node in found.nodes[1:]})
             raise NodesMissing(claim.location, lacking, kinds, claim.children_timeout)

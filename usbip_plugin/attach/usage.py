@@ -13,7 +13,7 @@ from usbip_plugin.attach.release import Releaser
 from usbip_plugin.attach.tasks import DeviceTasks
 from usbip_plugin.claims import IN_USE, Claim, ClaimState, DeviceUser, same_pod
 from usbip_plugin.context import NodeContext
-from usbip_plugin.model import PodRef
+from usbip_plugin.model import PodRef, described
 
 log = logging.getLogger(__name__)
 
@@ -201,5 +201,8 @@ class UsageTracker:
                 log.info("network interface stays on the node", extra=extra)
                 text = f"network interface {', '.join(names)} stays on the node, because it is not a device node"
                 self._events(DeviceEvent(EventKind.NETWORK, claim.key, text, pod))
+            if claim.attachment is not None and (withheld := claim.attachment.withheld):
+                text = f"{' and '.join(map(described, withheld))} withheld, because the resource does not allow it"
+                self._events(DeviceEvent(EventKind.WITHHELD, claim.key, text, pod))
         elif claim.state is ClaimState.REATTACHING:
             self._events(DeviceEvent(EventKind.LOST, claim.key, "lost before its pod was known; re-attaching", pod))

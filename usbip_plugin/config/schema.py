@@ -250,7 +250,7 @@ class ResourceConfig:
     by_id: whether the nodes also appear under the names that udev gives them.
     permissions: mode and owner of the nodes. Needs cdi.
     read_only: whether the nodes can be opened for reading only.
-    allow_classes: class codes that each interface of a device must have; None for the default of InterfaceRules.
+    allow_classes: class codes of the interfaces that are allowed; None for the default of InterfaceRules.
     """
 
     name: str

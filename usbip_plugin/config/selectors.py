@@ -27,6 +27,7 @@ from usbip_plugin.model import (
     Descriptor,
     DeviceKey,
     Identity,
+    InterfaceClass,
     InterfaceRules,
     ServerKey,
     UsbId,
@@ -97,11 +98,16 @@ _CLASS_OF_KIND = {"hidraw": HID_CLASS, "input": HID_CLASS}
 
 
 def allowed_interfaces(
-    resource: ResourceConfig, key: DeviceKey, descriptor: Descriptor, identity: Identity
+    resource: ResourceConfig,
+    key: DeviceKey,
+    descriptor: Descriptor,
+    identity: Identity,
+    had: tuple[InterfaceClass, ...] = (),
 ) -> InterfaceRules:
     """Returns which interfaces the device may have, by the classes that the resource selects, allows and asks for.
 
     A class is required if each selector that matches all else of the device names one.
+    had: those that a pod has; the device keeps them, and gets no other, if no selector matches it any more.
     """
     classes = [
         entry.selector.class_
@@ -109,6 +115,8 @@ def allowed_interfaces(
         if entry.target == key.server
         and matches(replace(entry.selector, class_=None), descriptor, identity) is Match.YES
     ]
+    if had and not classes:
+        return InterfaceRules(exactly=had)
     named = {class_ for class_ in classes if class_ is not None}
     by_kind = {_CLASS_OF_KIND[kind] for kind in resource.children or () if kind in _CLASS_OF_KIND}
     selected = () if None in classes else tuple(sorted(named))

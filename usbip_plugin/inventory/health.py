@@ -17,7 +17,7 @@ from usbip_plugin.config.selectors import Match, matches
 from usbip_plugin.inventory.snapshot import OfferedDevice, Snapshot
 from usbip_plugin.inventory.turns import OFFERED_BY_ALL_S
 from usbip_plugin.locks.protocol import LockStatus
-from usbip_plugin.model import Descriptor, DeviceKey, Health, Lock, Reason
+from usbip_plugin.model import Descriptor, DeviceKey, Health, Lock, Reason, described
 from usbip_plugin.usbip.client import why_unlisted
 from usbip_plugin.usbip.poller import ServerState
 
@@ -156,7 +156,10 @@ def _claim_health(claim: Claim, snapshot: Snapshot) -> Health:
             return Health(Reason.API_UNREACHABLE, snapshot.api.error)
         case ClaimState.ATTACHED:
             where = f", now listed as {place_of(claim)}" if claim.moved_to is not None else ""
-            return Health(Reason.ATTACHED, f"port {claim.port}{where}" + (f", pod {claim.pod}" if claim.pod else ""))
+            pod = f", pod {claim.pod}" if claim.pod else ""
+            withheld = claim.attachment.withheld if claim.attachment is not None else ()
+            without = f", without {' and '.join(map(described, withheld))}" if withheld else ""
+            return Health(Reason.ATTACHED, f"port {claim.port}{where}{pod}{without}")
         case ClaimState.REATTACHING:
             why = f"; {claim.blocked_by}" if claim.blocked_by else ""
             return Health(Reason.LOST, f"connection to {claim.location.server} lost{why}")

@@ -14,6 +14,7 @@ from usbip_plugin.clock import Clock
 from usbip_plugin.model import DeviceNode
 from usbip_plugin.sync import Broadcast
 from usbip_plugin.vhci.devices import DeviceAttributes, DeviceNodes, read_attributes, read_nodes, text
+from usbip_plugin.vhci.interfaces import is_authorized
 from usbip_plugin.vhci.uevents import Uevent
 
 CLASS_AUDIO, CLASS_COMM, CLASS_HID, CLASS_PRINTER, CLASS_STORAGE, CLASS_VIDEO = 0x01, 0x02, 0x03, 0x07, 0x08, 0x0E
@@ -36,9 +37,14 @@ class ExpectedNode:
 
 
 def expected_nodes(device: Path) -> tuple[ExpectedNode, ...]:
-    """Returns the expected nodes of a device's readable interfaces, sorted by number. device: its sysfs directory."""
+    """Returns the expected nodes of a device's readable interfaces, sorted by number. device: its sysfs directory.
+
+    An interface that is not authorised gets no node.
+    """
     found = []
     for interface in device.glob(f"{device.name}:*"):
+        if not is_authorized(interface):
+            continue
         try:
             number, class_, subclass = (
                 int(text(interface / name), 16)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from usbip_plugin.model import DeviceNode, InterfaceClass, UsbId
+from usbip_plugin.model import DeviceNode, UsbId
 
 MAX_STRING = 126  # characters; a USB string descriptor cannot hold more
 _USB_ID = re.compile("[0-9a-fA-F]{4}")
@@ -54,28 +54,6 @@ def read_attributes(device: Path) -> DeviceAttributes | None:
 
 MAX_DESCRIPTORS = 9 << 16
 """Bytes of a device's descriptors that are read: more than the kernel's 8 configurations of at most 65,535 bytes."""
-_DEVICE, _DEVICE_CLASS_AT = 1, 4  # descriptor types and where the class is in them (USB 2.0, 9.6)
-_INTERFACE, _INTERFACE_CLASS_AT = 4, 5
-
-
-def read_classes(device: Path) -> tuple[int, tuple[InterfaceClass, ...]]:
-    """Returns the class of a device, and all its interfaces: of every configuration, with every alternate setting.
-
-    The kernel reads them before it authorises the device, and has cut off what it could not parse
-    (usb_parse_configuration). Raises OSError if they cannot be read.
-    """
-    device_class, interfaces = 0, list[InterfaceClass]()
-    with (device / "descriptors").open("rb") as file:
-        raw = file.read(MAX_DESCRIPTORS)
-    at = 0
-    while at + 2 <= len(raw) and raw[at] >= 2:
-        part = raw[at : at + raw[at]]
-        if part[1] == _DEVICE and len(part) > _DEVICE_CLASS_AT:
-            device_class = part[_DEVICE_CLASS_AT]
-        elif part[1] == _INTERFACE and len(part) >= _INTERFACE_CLASS_AT + 3:
-            interfaces.append(InterfaceClass(*part[_INTERFACE_CLASS_AT : _INTERFACE_CLASS_AT + 3]))
-        at += len(part)
-    return device_class, tuple(interfaces)
 
 
 def text(path: Path) -> str:

@@ -94,7 +94,7 @@ class VhciDriver(Protocol):
             Empty: does not wait.
         children_timeout: seconds. Missing child nodes are not an error. Partitions are awaited with their disk.
         serial: the serial number that the device must have; None accepts any device, also one without a number.
-        rules: which interfaces the device may have.
+        rules: which interfaces may be authorised. The others are withheld, so that none can be claimed.
         timeout: seconds, a bound on the whole wait.
 
         A device that enumerates again during the wait is verified again. A wrong device is never authorised.

@@ -6,6 +6,9 @@ old value once it has authorised the device. It attaches nothing to a hub that i
 person attaches with the `usbip` tool to the same hub in this window (about 0.3 s) stays unauthorised. The plugin never
 changes a hub whose authorized_default is 0 already. The record directory keeps the old value, so that the next start
 restores it after a crash in the window.
+
+interface_authorized_default of the hub is kept at 0 likewise while a device is authorised of which an interface is to
+stay unauthorised (vhci/interfaces.py).
 """
 
 from __future__ import annotations
@@ -20,27 +23,29 @@ from usbip_plugin.vhci.sysfs import Port, root_hub
 
 log = logging.getLogger(__name__)
 
-_MARKER = "authorized_default."
+DEVICES, INTERFACES = "authorized_default", "interface_authorized_default"
+"""The files of a root hub that hold whether the kernel authorises new devices, and interfaces, by itself."""
 _CLOSED = "0"
-_VALUES = frozenset({"-1", "0", "1", "2"})  # the values that authorized_default can have
+_VALUES = frozenset({"-1", "0", "1", "2"})  # the values that these files can have
 
 
 class HubGuard:
-    """A guard that keeps authorized_default of a root hub at 0 while at least one of its ports is held.
+    """A guard that keeps a file of a root hub at 0 while at least one of its ports is held.
 
-    write: writes text to a sysfs file; raises OSError.
+    write: writes text to a sysfs file; raises OSError. file: DEVICES or INTERFACES.
     """
 
-    def __init__(self, sysfs: Path, records: Path, write: Callable[[Path, str], None]) -> None:
+    def __init__(self, sysfs: Path, records: Path, write: Callable[[Path, str], None], file: str = DEVICES) -> None:
         self._sysfs = sysfs
         self._records = records
         self._write = write
+        self._file = file
         self._held: dict[int, Path] = {}
 
     def hold(self, port: Port) -> None:
-        """Holds the hub of a port. The caller must call this before it writes to attach.
+        """Holds the hub of a port. The caller must call this before it attaches or authorises the device.
 
-        Raises OSError if the hub cannot be guarded; then the port is not held, and the caller must not attach.
+        Raises OSError if the hub cannot be guarded; then the port is not held, and the caller must not go on.
         """
         hub = root_hub(self._sysfs, port.controller, port.hub)
         if hub is None:
@@ -49,11 +54,11 @@ class HubGuard:
             self._held[port.number] = hub
             return
         try:
-            before = _value(hub / "authorized_default")
+            before = _value(hub / self._file)
             if before != _CLOSED:
                 self._marker(hub).parent.mkdir(mode=0o700, exist_ok=True)
                 self._marker(hub).write_text(before)
-                self._write(hub / "authorized_default", _CLOSED)
+                self._write(hub / self._file, _CLOSED)
         except OSError:
             self._marker_gone(hub)
             raise
@@ -67,8 +72,8 @@ class HubGuard:
 
     def restore_leftovers(self) -> None:
         """Restores the hubs that an earlier process left at authorized_default 0 because it crashed."""
-        for marker in self._records.glob(f"{_MARKER}usb[0-9]*"):
-            name = marker.name.removeprefix(_MARKER)
+        for marker in self._records.glob(f"{self._file}.usb[0-9]*"):
+            name = marker.name.removeprefix(f"{self._file}.")
             if any(hub.name == name for hub in self._held.values()):
                 continue
             for hub in (self._sysfs / "devices/platform").glob(f"vhci_hcd.*/{name}"):
@@ -78,13 +83,13 @@ class HubGuard:
         if not self._marker(hub).exists():
             return  # it was 0 before the plugin held it
         try:
-            self._write(hub / "authorized_default", _value(self._marker(hub)))
+            self._write(hub / self._file, _value(self._marker(hub)))
         except OSError as error:
-            log.warning("authorized_default not restored", extra={"hub": str(hub), "cause": str(error)})
+            log.warning("authorized_default not restored", extra={"file": str(hub / self._file), "cause": str(error)})
         self._marker_gone(hub)
 
     def _marker(self, hub: Path) -> Path:
-        return self._records / (_MARKER + hub.name)
+        return self._records / f"{self._file}.{hub.name}"
 
     def _marker_gone(self, hub: Path) -> None:
         with contextlib.suppress(OSError):
@@ -92,8 +97,8 @@ class HubGuard:
 
 
 def _value(file: Path) -> str:
-    """Returns the value of an authorized_default file. Raises OSError if it cannot be read or is not such a value."""
+    """Returns the value of a file of a hub. Raises OSError if it cannot be read or is not such a value."""
     text = file.read_text(errors="replace").strip()
     if text not in _VALUES:
-        raise OSError(errno.EINVAL, f"{text[:20]!r} is not a valid authorized_default", str(file))
+        raise OSError(errno.EINVAL, f"{text[:20]!r} is not a valid {file.name}", str(file))
     return text

@@ -29,10 +29,10 @@ from usbip_plugin.errors import (
     WrongDevice,
     WrongSerial,
 )
-from usbip_plugin.model import HUB_CLASS, Attachment, Descriptor, DeviceKey, InterfaceRules
+from usbip_plugin.model import Attachment, Descriptor, DeviceKey, InterfaceRules
 from usbip_plugin.sync import Broadcast
 from usbip_plugin.vhci.children import Children
-from usbip_plugin.vhci.devices import DeviceAttributes, DeviceNodes, read_attributes, read_classes, read_nodes
+from usbip_plugin.vhci.devices import DeviceAttributes, DeviceNodes, read_attributes, read_nodes
 from usbip_plugin.vhci.driver import (
     ABANDON_S,
     ASKED_CHILD_WAIT_S,
@@ -42,6 +42,7 @@ from usbip_plugin.vhci.driver import (
     PortState,
 )
 from usbip_plugin.vhci.hubs import HubGuard
+from usbip_plugin.vhci.interfaces import InterfaceGate, authorized_and_withheld, read_interfaces
 from usbip_plugin.vhci.records import Record, Records, local_endpoint
 from usbip_plugin.vhci.sysfs import (
     SAME_PORT,
@@ -102,6 +103,7 @@ class SysfsVhci:
         self._guard = HubGuard(sysfs, records, write)
         self._blocking_write = write
         self._writer = Writer(clock, write)
+        self._interfaces = InterfaceGate(sysfs, records, write, self._writer)
         self._writing: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)  # by port: attach or detach under way
         self._cooldown = PortCooldown(clock)
         self._changed = Broadcast()
@@ -224,6 +226,7 @@ class SysfsVhci:
     def _forget(self, port: int, only: DeviceKey | None = None) -> None:
         self._occupants.pop(port, None)
         self._guard.release(port)
+        self._interfaces.release(port)
         self._records.remove(port, only)
 
     async def enumerate(
@@ -272,17 +275,20 @@ class SysfsVhci:
         if serial is not None and attributes.serial != serial:
             raise WrongSerial(key, serial, attributes.serial or "", descriptor.devid)
         try:
-            device_class, interfaces = read_classes(device)
-            if HUB_CLASS in {device_class, *(interface.class_ for interface in interfaces)}:
-                raise HubRefused(key)  # the hub driver looks at both (hub_id_table of drivers/usb/core/hub.c)
-            if (problem := rules.problem(device_class, interfaces)) is not None:
-                raise InterfacesRefused(f"{key} {problem}")
-            # Write also if the device is authorised already: the write takes the device lock, so when it returns, the
-            # kernel has probed the interfaces.
-            await self._writer.write(device / "authorized", "1", device=port)
+            interfaces = read_interfaces(device)
+            if interfaces.is_hub:
+                raise HubRefused(key)
+            withheld = self._interfaces.withheld(key, interfaces, rules)
+            if withheld:
+                self._records.mark(port, unfinished=True)
+            row = self._table.one(port)
+            await self._interfaces.authorize(key, row, device, interfaces, rules, withheld=withheld)
+            if withheld:
+                self._records.mark(port, unfinished=False)
         except OSError as error:
             stuck = AttachStuck(f"{key} on port {port} could not be authorised: {error.strerror}")
-            raise explain(error, device / "authorized", stuck) from error
+            raise explain(error, Path(error.filename or device / "authorized"), stuck) from error
+        self._interfaces.release(port)
         self._guard.release(port)  # not before: until here, a device that enumerates again must not be authorised
         return device, attributes
 
@@ -306,6 +312,8 @@ class SysfsVhci:
             return None
         attributes = read_attributes(device)
         if attributes is None or not attributes.authorized or not (found := read_nodes(device, attributes)).nodes:
+            return None
+        if (record := self._records.read(port)) is not None and record.unfinished:
             return None
         self._occupants[port] = row.occupant
         return _attachment(key, port, device, attributes, found)
@@ -365,6 +373,7 @@ class SysfsVhci:
 
     async def run(self) -> None:
         self._guard.restore_leftovers()
+        self._interfaces.restore_leftovers()
         self._forget_leftovers()
         async with asyncio.TaskGroup() as group:
             group.create_task(self._uevents.run(self._on_uevent))
@@ -403,6 +412,7 @@ class SysfsVhci:
             None if refused is None else str(refused),
             None if records_writable else "port records cannot be written; mount /run/vhci_hcd writable",
             no_uevents,
+            self._interfaces.problem(),
         )
         hs, ss = ([p for p in ports if p.hub == hub] for hub in ("hs", "ss"))
         return DriverReport(
@@ -423,7 +433,11 @@ def _attachment(
     key: DeviceKey, port: int, device: Path, attributes: DeviceAttributes, found: DeviceNodes
 ) -> Attachment:
     strings = attributes.manufacturer, attributes.model
-    return Attachment(key, port, device.name, attributes.usb_id, attributes.serial, found.nodes, *strings, found.net)
+    return Attachment(
+        *(key, port, device.name, attributes.usb_id, attributes.serial, found.nodes),
+        *(*strings, found.net),
+        *authorized_and_withheld(device),
+    )
 
 
 def _duplicate(fd: int, lowest: int) -> int:

@@ -6,6 +6,8 @@ The first line is the one of the `usbip` tool, which reads and writes these file
     65540 312                                   devid and sockfd of the attachment
     version=2 import-from=10.20.30.7:40123      since version 2; unknown words and further lines are ignored
 
+The word unfinished=1 is there while the interfaces of the device are being authorised one by one.
+
 A plugin of version 1 ignores the second line if a third follows. Then it adopts the device by its lock alone.
 """
 
@@ -15,7 +17,7 @@ import contextlib
 import os
 import re
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from usbip_plugin.model import DeviceKey, Endpoint, ServerKey
@@ -37,11 +39,13 @@ class Record:
 
     occupant: Port.occupant; None in a record that the `usbip` tool wrote.
     import_from: the node's end of the connection; None in a record of the tool or of version 1.
+    unfinished: whether some of the interfaces that the device may have are perhaps not authorised or probed yet.
     """
 
     key: DeviceKey
     occupant: tuple[int, int] | None = None
     import_from: Endpoint | None = None
+    unfinished: bool = False
 
     def fits(self, occupant: tuple[int, int] | None) -> bool:
         """Returns whether the record may belong to this attachment. An unknown occupant on either side always fits."""
@@ -54,7 +58,8 @@ def format_record(record: Record) -> str:
     text = f"{key.server.host} {key.server.port} {key.busid}\n"
     if record.occupant is not None:
         text += f"{record.occupant[0]} {record.occupant[1]}\nversion={RECORD_VERSION}"
-        text += f" import-from={record.import_from}\n" if record.import_from is not None else "\n"
+        text += f" import-from={record.import_from}" if record.import_from is not None else ""
+        text += " unfinished=1\n" if record.unfinished else "\n"
     if parse_record(text) != record:
         raise ValueError(f"{key} cannot be written as a port record")
     return text
@@ -76,7 +81,8 @@ def parse_record(text: str) -> Record | None:
     if found is None:
         return Record(key)
     words = dict(word.partition("=")[::2] for word in third.split())
-    return Record(key, (int(found[1]), int(found[2])), Endpoint.parse(words.get("import-from", "")))
+    import_from = Endpoint.parse(words.get("import-from", ""))
+    return Record(key, (int(found[1]), int(found[2])), import_from, words.get("unfinished") == "1")
 
 
 def local_endpoint(fd: int) -> Endpoint | None:
@@ -118,6 +124,12 @@ class Records:
             with contextlib.suppress(OSError):
                 unfinished.unlink(missing_ok=True)
             raise
+
+    def mark(self, port: int, *, unfinished: bool) -> None:
+        """Changes whether a device is unfinished in its port's record, if there is one of a plugin. Raises OSError."""
+        record = self.read(port)
+        if record is not None and record.occupant is not None:
+            self.write(port, replace(record, unfinished=unfinished))
 
     def remove(self, port: int, only: DeviceKey | None = None) -> None:
         """Removes the record of a port. With `only`, keeps a record that names another device. Never raises OSError."""

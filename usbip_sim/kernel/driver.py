@@ -122,10 +122,11 @@ class SimulatedVhci:
             await self.detach(port, timeout=ABANDON_S)
             raise WrongSerial(key, serial or "", occupant.serial or "", descriptor.devid)
         if occupant is not None:
-            interfaces = occupant.interfaces or descriptor.interfaces  # none are known of a device that was not read
-            if interfaces and (problem := rules.problem(descriptor.device_class, interfaces)) is not None:
+            settings = [(interface,) for interface in occupant.known_interfaces]
+            if settings and (problem := rules.problem(descriptor.device_class, settings)) is not None:
                 await self.detach(port, timeout=ABANDON_S)
                 raise InterfacesRefused(f"{key} {problem}")
+            occupant.withheld = frozenset(number for number, one in enumerate(settings) if not rules.allows(one))
             occupant.authorized = True
             limit = max(0.0, min(children_timeout, deadline - self._kernel.clock.monotonic()))
             with contextlib.suppress(TimeoutError):  # kinds without a driver never appear

@@ -9,7 +9,7 @@ import itertools
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from usbip_plugin.clock import Clock
 from usbip_plugin.model import Attachment, Descriptor, DeviceKey, DeviceNode, Endpoint, InterfaceClass, UsbId
@@ -17,6 +17,7 @@ from usbip_plugin.sync import Broadcast
 from usbip_plugin.vhci.records import local_endpoint
 from usbip_plugin.vhci.sysfs import Hub, Port, PortStatus
 from usbip_sim.kernel.children import every, linked
+from usbip_sim.kernel.enumeration import drivers_children
 from usbip_sim.sockets import MemorySocket
 
 FOREIGN_DEVID = 0xFFFF
@@ -32,6 +33,7 @@ class Occupant:
     descriptor: None for a device that was not attached over the network.
     appears_at: when the device is enumerated, in seconds of the kernel's clock; infinity for never.
     serial: None if the simulation does not know it; then any expected serial number matches.
+    withheld: numbers of the interfaces that are not authorised.
     recorded_by: the node whose port record is for this device; "" for none.
     identified: the kernel has read the identity from the device itself, and `children` follow from that identity.
     interfaces: as read from the device itself, where that was done.
@@ -45,6 +47,7 @@ class Occupant:
     appears_at: float
     devnum: int
     authorized: bool = False
+    withheld: frozenset[int] = frozenset()
     serial: str | None = None
     manufacturer: str = ""
     model: str = ""
@@ -54,6 +57,15 @@ class Occupant:
     children: list[DeviceNode] = field(default_factory=list)
     import_from: Endpoint | None = None
     let_go: Callable[[], None] = lambda: None
+
+    @property
+    def known_interfaces(self) -> tuple[InterfaceClass, ...]:
+        """Returns the interfaces; of a device that was not read, those that its server lists."""
+        return self.interfaces or (self.descriptor.interfaces if self.descriptor is not None else ())
+
+    def present_children(self) -> list[DeviceNode]:
+        """Returns the child nodes of the interfaces that are authorised."""
+        return [node for node in self.children if node.interface not in self.withheld]
 
 
 class SimulatedKernel:
@@ -86,6 +98,7 @@ class SimulatedKernel:
         self.serial_of = serial_of or self.serials.get
         self.child_kinds: dict[UsbId, tuple[str, ...]] = {}  # names in children.CHILDREN, by id
         self.net: dict[UsbId, tuple[str, ...]] = {}  # network interfaces of devices with this id
+        self.interfaces: dict[UsbId, tuple[InterfaceClass, ...]] = {}  # as read from devices with this id
         self.mute: set[DeviceKey] = set()  # devices that never enumerate
         self.driverless: set[str] = set()  # kinds of child nodes that never appear, for lack of a loaded driver
         self._controllers, self._per_hub, self._resolve = controllers, ports_per_hub, resolve
@@ -174,6 +187,8 @@ class SimulatedKernel:
             raise OSError(errno.EINVAL, "refused by the simulation")
         usb_id = self._impostors.pop(0) if self._impostors else descriptor.usb_id
         occupant = self._occupy(port, descriptor, usb_id)
+        for interface, name in drivers_children(usb_id, descriptor.interfaces):
+            occupant.children.append(replace(next(self.unused(name)), interface=interface))
         if self._stuck:
             self._stuck -= 1
             occupant.appears_at = float("inf")
@@ -195,10 +210,16 @@ class SimulatedKernel:
         path = f"/dev/bus/usb/{bus:03d}/{occupant.devnum:03d}"
         own = DeviceNode(path, "usb", False, _USB_MAJOR, (bus - 1) * _DEVICES_PER_BUS + occupant.devnum - 1)
         usb_id, serial = occupant.usb_id, occupant.serial or ""
-        nodes = (own, *linked(occupant.children, usb_id, occupant.manufacturer, occupant.model, serial))
+        nodes = (own, *linked(occupant.present_children(), usb_id, occupant.manufacturer, occupant.model, serial))
         texts = (occupant.manufacturer or None, occupant.model or None)
+        by: dict[bool, set[InterfaceClass]] = {True: set(), False: set()}
+        for place, interface in enumerate(occupant.known_interfaces):
+            by[place not in occupant.withheld].add(interface)
         return Attachment(
-            key, number, row.local_busid, usb_id, serial or None, nodes, *texts, net=self.net.get(usb_id, ())
+            *(key, number, row.local_busid, usb_id, serial or None, nodes, *texts),
+            net=self.net.get(usb_id, ()),
+            interfaces=tuple(sorted(by[True])),
+            withheld=tuple(sorted(by[False])),
         )
 
     def bring(self, number: int, kinds: Sequence[str]) -> bool | None:
@@ -233,6 +254,7 @@ class SimulatedKernel:
         self._generation += 1
         appears_at = self.clock.monotonic() + (self.enumeration_delay if descriptor is not None else 0.0)
         occupant = Occupant(self._generation, descriptor, usb_id, appears_at, self._devnums[bus])
+        occupant.interfaces = self.interfaces.get(usb_id, ())
         self._occupants[port.number] = occupant
         for name in self.child_kinds.get(usb_id, ()):
             occupant.children.append(next(self.unused(name)))
@@ -295,4 +317,4 @@ def _bus(controller: int, hub: Hub) -> int:
 
 
 def _kinds(occupant: Occupant) -> set[str]:
-    return {node.kind for node in occupant.children}
+    return {node.kind for node in occupant.present_children()}

@@ -24,7 +24,7 @@ from usbip_plugin.errors import (
 from usbip_plugin.model import Attachment, Descriptor, DeviceKey, InterfaceRules, UsbId, valid_kind
 from usbip_plugin.vhci.driver import PortState
 
-VERSION = 6
+VERSION = 7
 """Version of the messages. The simulated kernel refuses the calls of a driver with another version."""
 MAX_TEXT = 8192
 """Limit of a received text, in characters."""

@@ -150,3 +150,18 @@ def test_a_resource_allows_what_its_selectors_and_children_ask_for(
     entries = tuple(DeviceSelector(server, selector) for selector in selectors)
     resource = ResourceConfig("a", entries, **keys)  # type: ignore[arg-type]
     assert allowed_interfaces(resource, DeviceKey(server, "1-1.4"), UNCONFIGURED, Identity(serial="A1")) == rules
+
+
+@pytest.mark.parametrize(
+    ("selector", "rules"),
+    [
+        (Selector(class_=8), InterfaceRules(selected=(8,), asked=(3, 8))),
+        (Selector(serial="other"), InterfaceRules(exactly=(InterfaceClass(3, 1, 1),))),
+    ],
+)
+def test_a_device_that_no_selector_matches_any_more_keeps_the_interfaces_that_it_had(
+    selector: Selector, rules: InterfaceRules
+) -> None:
+    server, had = ServerKey("lab"), (InterfaceClass(3, 1, 1),)
+    resource = ResourceConfig("a", (DeviceSelector(server, selector),), children=("input",))
+    assert allowed_interfaces(resource, DeviceKey(server, "1-1.4"), UNCONFIGURED, Identity(serial="A1"), had) == rules

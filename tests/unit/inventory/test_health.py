@@ -15,7 +15,7 @@ from usbip_plugin.inventory.health import API_GRACE, resolve_ambiguity
 from usbip_plugin.inventory.members import update_offered
 from usbip_plugin.inventory.snapshot import ApiStatus, PortSummary, Snapshot
 from usbip_plugin.locks.protocol import LockStatus
-from usbip_plugin.model import HUB_CLASS, DeviceKey, Health, Identity, Lock, Reason
+from usbip_plugin.model import HUB_CLASS, Attachment, DeviceKey, Health, Identity, InterfaceClass, Lock, Reason
 from usbip_plugin.usbip.poller import ServerState
 
 
@@ -103,6 +103,14 @@ def test_one_device_may_be_offered_by_two_resources() -> None:
     assert held["stick"][0].health.reason is Reason.ATTACHED
     assert held["any"][0].health == Health(Reason.OTHER_RESOURCE, "through resource stick, as device 0951:1666")
     assert not held["any"][0].health.healthy, "the kubelet would give it to a second pod"
+
+
+def test_an_attached_device_names_the_interfaces_that_are_withheld() -> None:
+    withheld = (InterfaceClass(3, 1, 1), InterfaceClass(8, 6, 80))
+    attachment = Attachment(KEY, 3, "3-1", STICK, None, (), withheld=withheld)
+    without = Claim(KEY, STICK, ClaimState.ATTACHED, resource="stick", port=3, attachment=attachment)
+    health = health_of(snapshot(claims={KEY.id: without}))
+    assert health == Health(Reason.ATTACHED, "port 3, without a keyboard (03/01/01) and an interface (08/06/50)")
 
 
 def test_a_device_attached_from_another_busid_is_healthy_and_the_busid_is_not() -> None:

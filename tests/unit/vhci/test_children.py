@@ -44,6 +44,12 @@ def test_other_interface_classes_are_not_expected_to_have_nodes(tmp_path: Path, 
     assert expected_nodes(tmp_path) == ()
 
 
+def test_an_interface_that_is_not_authorised_is_not_expected_to_have_nodes(tmp_path: Path) -> None:
+    for number, authorized in enumerate("01"):
+        (add_interface(tmp_path, number, 0x03) / "authorized").write_text(f"{authorized}\n")
+    assert [expected.interface for expected in expected_nodes(tmp_path)] == [1]
+
+
 TWO_HID = (ExpectedNode(0, frozenset({"hidraw", "input"})), ExpectedNode(1, frozenset({"hidraw", "input"})))
 DISK_AND_HID = (ExpectedNode(0, frozenset({"block"})), TWO_HID[1])
 

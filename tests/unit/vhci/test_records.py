@@ -45,9 +45,9 @@ occupants = st.tuples(st.integers(0, 2**32 - 1), st.integers(0, 2**31 - 1))
 sources = st.none() | st.builds(Endpoint, st.ip_addresses(v=4).map(str), st.integers(1, 65535))
 
 
-@given(hosts, st.integers(1, 65535), busids, st.none() | st.tuples(occupants, sources))
+@given(hosts, st.integers(1, 65535), busids, st.none() | st.tuples(occupants, sources, st.booleans()))
 def test_a_written_record_is_read_back(
-    host: str, port: int, busid: str, ours: tuple[tuple[int, int], Endpoint | None] | None
+    host: str, port: int, busid: str, ours: tuple[tuple[int, int], Endpoint | None, bool] | None
 ) -> None:
     record = Record(DeviceKey(ServerKey(host, port), busid), *(ours or ()))
     assert parse_record(format_record(record)) == record
