@@ -41,12 +41,12 @@ def _mib() -> float:
 async def _serve() -> None:
     """Serves the pages. For each line of input, writes the lateness of a timer (ms) and the most memory (MiB) since."""
     import usbip_plugin.node.daemon
-    from tests.unit.observe.test_page import HELD, STATUS, span
+    from tests.unit.observe.test_page import CLUSTER, HELD, STATUS, span
     from usbip_plugin.clock import SystemClock
     from usbip_plugin.observe.http import HttpServer
     from usbip_plugin.observe.metrics import Metrics
     from usbip_plugin.observe.pages import Site
-    from usbip_plugin.observe.status import NodeReport
+    from usbip_plugin.observe.status import ClusterReport, NodeReport
     from usbip_plugin.observe.tracing import KeptSpan, RecentSpans
     from usbip_plugin.sync import Steps
 
@@ -62,8 +62,12 @@ async def _serve() -> None:
             yield
         return replace(STATUS, devices=rows)
 
+    def cluster() -> Steps[ClusterReport]:
+        yield
+        return CLUSTER
+
     clock = SystemClock()
-    site = Site(status, Metrics().render, recent, clock)
+    site = Site(status, cluster, Metrics().render, recent, clock)
     server = HttpServer("127.0.0.1:0", site.pages(), clock, below=site.below())
     late: list[float] = []
     most = [0.0]

@@ -73,7 +73,7 @@ async def test_the_process_registers_answers_reloads_and_ends_on_sigterm(
         await p.line("resource registered")  # the kubelet may have the list before the plugin has its answer
         assert (await p.get("/healthz"))[0] == 200
         assert (await p.get("/readyz"))[0] == 200
-        (row,) = json.loads((await p.get("/api/devices"))[1])
+        (row,) = json.loads((await p.get("/api/devices"))[1])["devices"]
         assert row["device"] == str(p.device)
         assert "usbip_device_plugin_available_devices" in (await p.get("/metrics"))[1]
 

@@ -62,7 +62,7 @@ def test_a_process_allocates_a_device_and_leaves_it_attached_for_its_successor(
         await offered(node)
         assert asyncio.sslproto.SSLProtocol.max_size == TLS_BUFFER_BYTES, "TLS buffers are small"
         assert [await node.get(path) for path in ("/healthz", "/readyz")] == [(200, "ok\n")] * 2
-        (row,) = await node.get_json("/api/devices")
+        (row,) = (await node.get_json("/api/devices"))["devices"]
         assert (row["device"], row["healthy"], row["state"], row["here"]) == (str(device), True, "Free", False)
         node.pod(POD.name)
         answer = await node.kubelet.admit(POD, {"usbip.dev/stick": 1})
@@ -98,7 +98,7 @@ def test_a_process_allocates_a_device_and_leaves_it_attached_for_its_successor(
         assert locks["heartbeat"] >= 0
         assert (status["node"], status["not_ready"], status["not_alive"]) == ("node-a", [], [])
         assert f"{address}/1-1" in (await node.get("/"))[1]
-        (trace,) = [one for one in await node.get_json("/api/traces") if one["name"] == "Allocate"]
+        (trace,) = [one for one in (await node.get_json("/api/traces"))["traces"] if one["name"] == "Allocate"]
         assert (await node.get(f"/api/traces/{trace['trace_id']}"))[0] == 200
         assert 'usbip_device_plugin_available_devices{resource="usbip.dev/stick"}' in (await node.get("/metrics"))[1]
 
@@ -106,7 +106,7 @@ def test_a_process_allocates_a_device_and_leaves_it_attached_for_its_successor(
         assert node.leases.leases[device.id].holder == "node-a"
         await node.log.until("device adopted")
         await node.until("stick", {device.id: True})
-        (row,) = await node.get_json("/api/devices")
+        (row,) = (await node.get_json("/api/devices"))["devices"]
         assert (row["state"], row["here"], row["port"], row["pod"]) == ("Attached", True, 0, "default/reader")
         assert (node.server.table.granted, node.server.importers("1-1")) == (1, 1), "it is not imported again"
         node.pod(POD.name, "Succeeded")

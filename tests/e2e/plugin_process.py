@@ -65,7 +65,7 @@ class Pages:
         return await asyncio.to_thread(request)
 
     async def devices(self) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = json.loads(await self.get("/api/devices"))
+        rows: list[dict[str, Any]] = json.loads(await self.get("/api/devices"))["devices"]
         return rows
 
     async def attached(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import socket
 import tempfile
 from collections.abc import AsyncIterator, Mapping
@@ -13,23 +14,30 @@ from unittest import mock
 import grpc
 import grpc.aio
 
+from tests.rigs.api_double import ApiDouble
 from usbip_plugin import __version__
+from usbip_plugin.attach.events import DeviceEvent, events_of
 from usbip_plugin.clock import Clock, SystemClock
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.errors import ConfigError, ServerUnreachable
+from usbip_plugin.kube.events import EventRecorder
 from usbip_plugin.kubelet import deviceplugin_pb2 as pb
 from usbip_plugin.kubelet.deviceplugin_pb2_grpc import DevicePluginStub
-from usbip_plugin.model import DeviceKey, Endpoint, PodRef, Reason, ServerKey, UsbId
-from usbip_plugin.node.status import config_failed, config_loaded, status_of
+from usbip_plugin.model import Descriptor, DeviceKey, Endpoint, NodeIdentity, PodRef, Reason, ServerKey, UsbId
+from usbip_plugin.node.agent import Agent, MetricHooks
+from usbip_plugin.node.cluster import cluster_of
+from usbip_plugin.node.products import Products
+from usbip_plugin.node.status import config_failed, config_loaded, report_of, status_of
 from usbip_plugin.observe.http import HttpServer
 from usbip_plugin.observe.liveness import Verdict
 from usbip_plugin.observe.metrics import Metrics
 from usbip_plugin.observe.pages import Site, probe_pages
-from usbip_plugin.observe.status import NodeReport
+from usbip_plugin.observe.status import ClusterReport, NodeReport, Report
 from usbip_plugin.observe.tracing import RecentSpans, Tracing
 from usbip_plugin.sync import Steps
 from usbip_plugin.usbip.client import TcpUsbipClient
 from usbip_plugin.usbip.connect import Connector, Source
+from usbip_sim.kernel.driver import SimulatedVhci
 from usbip_sim.server.server import VirtualServer
 from usbip_sim.server.usbdevice import VirtualDevice
 from usbip_sim.world import Setup, SimNode, World, running
@@ -67,15 +75,21 @@ class NamingConnector:
 class Watched:
     """The status page of node-a, and changes of its nodes and servers. url: of the page."""
 
-    def __init__(self, world: World, servers: Mapping[ServerKey, VirtualServer], recent: RecentSpans) -> None:
+    def __init__(
+        self, world: World, servers: Mapping[ServerKey, VirtualServer], recent: RecentSpans, events: EventRecorder
+    ) -> None:
         self.world, self.servers, self.recent = world, servers, recent
         self.a, self.b = world["node-a"], world["node-b"]
         self.url = ""
+        self.events = events
+        assert self.a.agent is not None
+        self._products = Products(self.a.agent.claims)
         self.config = config_loaded(Path("/etc/usbip-device-plugin/config.yaml"), CONFIG, (), SystemClock().now())
         self._clock = SystemClock()
         self._started = self._clock.monotonic()
         self.poison: list[NodeReport] = []
         """The last item is shown instead of the node's status."""
+        self.poisoned_cluster: list[ClusterReport] = []
 
     def status(self) -> Steps[NodeReport]:
         if self.poison:
@@ -85,14 +99,37 @@ class Watched:
         return (
             yield from status_of(
                 agent,
-                node="node-a",
+                self._report(agent),
                 domain="usbip.dev",
-                clock=self._clock,
-                started=self._started,
+                now=self._clock.now(),
+                monotonic=self._clock.monotonic(),
                 config=self.config,
-                ready=Verdict(ok=agent.ready),
-                alive=Verdict(ok=True),
+                products=self._products,
+                events=tuple(self.events.recent),
             )
+        )
+
+    def cluster(self) -> Steps[ClusterReport]:
+        agent = self.a.agent
+        assert agent is not None
+        report = yield from cluster_of(
+            agent,
+            self._report(agent),
+            domain="usbip.dev",
+            now=self._clock.now(),
+            monotonic=self._clock.monotonic(),
+            products=self._products,
+            port=13240,
+        )
+        return self.poisoned_cluster[-1] if self.poisoned_cluster else report
+
+    def _report(self, agent: Agent) -> Report:
+        return report_of(
+            node="node-a",
+            clock=self._clock,
+            started=self._started,
+            ready=Verdict(ok=agent.ready),
+            alive=Verdict(ok=True),
         )
 
     def break_config(self) -> None:
@@ -142,21 +179,36 @@ CONFIG = Config(
 )
 DONGLE_1, PROBE_1, PROBE_2, SCANNER_1 = (DeviceKey(LAB, busid) for busid in ("1-1.2", "1-1.3", "1-1.4", "2-1"))
 CAMERA_1, CAMERA_2 = DeviceKey(ATTIC, "3-1"), DeviceKey(ATTIC, "3-2")
+DEVICES = {
+    key: VirtualDevice(key.busid, usb_id, serial, product, maker, configured=True)
+    for key, usb_id, maker, product, serial in (
+        (DONGLE_1, DONGLE, "Kingston", "DataTraveler", "LICENCE-0001"),
+        (PROBE_1, PROBE, "STMicroelectronics", "ST-LINK/V2.1", "066AFF"),
+        (PROBE_2, PROBE, "STMicroelectronics", "ST-LINK/V2.1", "066B01"),
+        (SCANNER_1, SCANNER, "Symbol", "Bar Code Scanner", ""),
+        (CAMERA_1, CAMERA, "Logitech", "HD Pro Webcam C920", ""),
+        (CAMERA_2, CAMERA, "Logitech", "HD Pro Webcam C920", ""),
+    )
+}
+
+
+class IdentifyingVhci(SimulatedVhci):
+    """A driver that knows the strings of the devices."""
+
+    async def attach(self, key: DeviceKey, descriptor: Descriptor, fd: int) -> int:
+        port = await super().attach(key, descriptor, fd)
+        occupant, device = self._kernel.occupant(port), DEVICES[key]
+        assert occupant is not None
+        occupant.manufacturer, occupant.model, occupant.serial = device.manufacturer, device.product, device.serial
+        return port
 
 
 @contextlib.asynccontextmanager
 async def watched() -> AsyncIterator[Watched]:
     """Yields two nodes that offer every device, none of which has been used."""
     servers = {
-        LAB: VirtualServer(
-            [
-                VirtualDevice(DONGLE_1.busid, DONGLE, serial="LICENCE-0001", configured=True),
-                VirtualDevice(PROBE_1.busid, PROBE, serial="066AFF", configured=True),
-                VirtualDevice(PROBE_2.busid, PROBE, serial="066B01", configured=True),
-                VirtualDevice(SCANNER_1.busid, SCANNER, configured=True),
-            ]
-        ),
-        ATTIC: VirtualServer([VirtualDevice(key.busid, CAMERA, configured=True) for key in (CAMERA_1, CAMERA_2)]),
+        server: VirtualServer([device for key, device in DEVICES.items() if key.server == server])
+        for server in (LAB, ATTIC)
     }
 
     def client(clock: Clock) -> TcpUsbipClient:
@@ -164,7 +216,20 @@ async def watched() -> AsyncIterator[Watched]:
 
     recent = RecentSpans()
     tracings = {name: Tracing(name, version=__version__, environ={}, recent=recent) for name in ("node-a", "node-b")}
-    setup = Setup(config=CONFIG, clock=SystemClock(), make_tracer=lambda node: tracings[node].tracer)
+    clock = SystemClock()
+    events = EventRecorder(ApiDouble(), NodeIdentity("node-a", "boot"), clock, random.Random(0))
+
+    def record(notice: DeviceEvent) -> None:
+        for text, pod in events_of(notice):
+            events.record(text, pod)
+
+    setup = Setup(
+        config=CONFIG,
+        clock=clock,
+        make_tracer=lambda node: tracings[node].tracer,
+        make_driver=lambda node, kernel: IdentifyingVhci(kernel, node),
+        make_observer=lambda node: MetricHooks(on_notice=record) if node == "node-a" else MetricHooks(),
+    )
     async with contextlib.AsyncExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="u-")))
         stack.enter_context(mock.patch("usbip_sim.world.TcpUsbipClient", client))
@@ -174,13 +239,13 @@ async def watched() -> AsyncIterator[Watched]:
         for tracing in tracings.values():
             stack.callback(tracing.shutdown)
         world = await stack.enter_async_context(running(directory, ("node-a", "node-b"), setup))
-        rig = Watched(world, servers, recent)
+        rig = Watched(world, servers, recent, events)
         for node in (rig.a, rig.b):
             for key in (DONGLE_1, PROBE_1, PROBE_2, SCANNER_1, CAMERA_1, CAMERA_2):
                 await rig.known(node, key, Reason.FREE)
             for resource in CONFIG.resources:
                 await node.until(resource.name, lambda devices: bool(devices) and all(devices.values()))
-        site = Site(rig.status, Metrics().render, recent, setup.clock)
+        site = Site(rig.status, rig.cluster, Metrics().render, recent, setup.clock)
         pages = probe_pages(alive=lambda: Verdict(ok=True), ready=lambda: Verdict(ok=True))
         http = HttpServer("127.0.0.1:0", {**pages, **site.pages()}, setup.clock, below=site.below())
         serving = asyncio.create_task(http.run())

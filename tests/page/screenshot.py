@@ -1,4 +1,4 @@
-"""screenshot.py FILE [phone] [dark] [broken] [whole]: writes a picture of a busy node's page."""
+"""screenshot.py FILE [cluster] [WIDTH] [dark] [broken] [whole]: writes a picture of a busy node's page."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.page import browser
 from tests.page.page_rig import busy_day, watched
 
-WIDTH, HEIGHT = 1200, 960
+WIDTH, HEIGHT, PHONE = 1200, 960, 600
 
 
 async def main(target: Path, *options: str) -> None:
@@ -20,10 +20,10 @@ async def main(target: Path, *options: str) -> None:
             if "broken" in options:
                 rig.break_config()
             tab = await chromium.tab()
-            phone = "phone" in options
-            await tab.size(390 if phone else WIDTH, 1600 if phone else HEIGHT, phone=phone)
+            width = next((int(option) for option in options if option.isdecimal()), WIDTH)
+            await tab.size(width, HEIGHT, phone=width < PHONE)
             await tab.dark(on="dark" in options)
-            await tab.open(rig.url)
+            await tab.open(rig.url + ("cluster" if "cluster" in options else ""))
             picture = await tab.screenshot(whole="whole" in options)
             assert not tab.messages, tab.messages
             await asyncio.to_thread(target.write_bytes, picture)

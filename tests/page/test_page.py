@@ -20,7 +20,7 @@ HOSTILE = (
     "' autofocus onfocus='window.hurt=1",
     "</title></style></script><script>alert(1)</script>",
     "javascript:window.hurt=1",
-    '{% include "main.html" %}{{7*7}}${7*7}',
+    '{% include "node.html" %}{{7*7}}${7*7}',
     "\u202eabc\u0007",
 )
 

@@ -6,8 +6,9 @@ import asyncio
 import hashlib
 import logging
 import random
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, TypeVar
 
 from usbip_plugin.clock import Clock
@@ -34,6 +35,8 @@ OBJECT_REFILL_S = 10.0
 """Seconds after which one more Event of OBJECT_BURST may be recorded."""
 QUEUE_LENGTH = 300
 """Events that wait to be written, at most."""
+KEPT_EVENTS = 50
+"""Events that are kept in memory for the status page."""
 MAX_NOTE_BYTES = 1000
 """Bytes of an Event's note. The API accepts 1024."""
 MAX_INSTANCE = 128
@@ -149,11 +152,20 @@ class Allowance:
         return Allowance(self.left - 1, self.at)
 
 
+@dataclass(frozen=True, slots=True)
+class RecordedEvent:
+    """An Event that was recorded: when, by the wall clock, and about which pod, None for the node."""
+
+    at: datetime
+    text: EventText
+    pod: PodRef | None
+
+
 class EventRecorder:
     """Recorder of Events, which run() writes in the background. record() never blocks and never raises.
 
     Drops an equal Event within REPEAT_S, and Events beyond BURST, OBJECT_BURST or QUEUE_LENGTH. `dropped` counts these
-    (not the equal ones), and those that the API server did not accept.
+    (not the equal ones), and those that the API server did not accept. `recent` has the last KEPT_EVENTS.
     """
 
     def __init__(self, api: Api, identity: NodeIdentity, clock: Clock, rng: random.Random) -> None:
@@ -165,6 +177,7 @@ class EventRecorder:
         self._recorded: OrderedDict[tuple[EventText, PodRef | None], float] = OrderedDict()
         self._overall = Allowance(BURST, clock.monotonic())
         self._objects: OrderedDict[PodRef | None, Allowance] = OrderedDict()
+        self.recent: deque[RecordedEvent] = deque(maxlen=KEPT_EVENTS)
         self.dropped = 0
 
     def record(self, text: EventText, pod: PodRef | None = None) -> None:
@@ -184,6 +197,7 @@ class EventRecorder:
         _remember(self._objects, pod, about.spent())
         _remember(self._recorded, key, now)
         self._queue.put_nowait(key)
+        self.recent.append(RecordedEvent(self._clock.now(), text, pod))
 
     async def run(self) -> None:
         """Writes queued Events until cancelled. Cancel-safe; Events that still wait are lost."""

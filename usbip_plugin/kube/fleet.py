@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 from usbip_plugin.clock import Clock, backoff
 from usbip_plugin.errors import KubeError
@@ -39,10 +39,12 @@ class Fleet:
     """The nodes that run the plugin, as last counted.
 
     names: the names of all of them; empty if there are too many, or none was counted.
+    addresses: the addresses of those that have one, by name.
     """
 
     nodes: int
     names: frozenset[str] = frozenset()
+    addresses: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
 async def count_pods(api: Api, namespace: str) -> Fleet:
@@ -53,8 +55,14 @@ async def count_pods(api: Api, namespace: str) -> Fleet:
     pods = items if isinstance(items, list) else []
     if isinstance(left, int) and left > 0:
         return Fleet(len(pods) + left)
-    names = [mapping(mapping(pod).get("spec")).get("nodeName") for pod in pods]
-    return Fleet(len(pods), frozenset(name for name in names if isinstance(name, str)))
+    addresses: dict[str, str] = {}
+    for pod in map(mapping, pods):
+        name, address = mapping(pod.get("spec")).get("nodeName"), mapping(pod.get("status")).get("hostIP")
+        if isinstance(name, str):
+            addresses.setdefault(name, "")
+            if isinstance(address, str):
+                addresses[name] = address
+    return Fleet(len(pods), frozenset(addresses), {name: at for name, at in addresses.items() if at})
 
 
 class FleetCount:

@@ -28,14 +28,16 @@ from usbip_plugin.kubelet.registration import PluginDirectory
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.model import NodeIdentity
 from usbip_plugin.node.agent import Agent, AgentDependencies
+from usbip_plugin.node.cluster import cluster_of, port_for_others
 from usbip_plugin.node.memory import small_tls_buffers, trim_after_start, trim_heap
 from usbip_plugin.node.metrics import AgentMetrics, DropCounts
-from usbip_plugin.node.status import config_failed, config_loaded, status_of
+from usbip_plugin.node.products import Products
+from usbip_plugin.node.status import config_failed, config_loaded, report_of, status_of
 from usbip_plugin.observe.http import HttpServer
 from usbip_plugin.observe.liveness import Loop, Verdict, liveness
 from usbip_plugin.observe.metrics import Metrics
 from usbip_plugin.observe.pages import Site, probe_pages
-from usbip_plugin.observe.status import NodeReport
+from usbip_plugin.observe.status import ClusterReport, NodeReport, Report
 from usbip_plugin.observe.tracing import Tracing
 from usbip_plugin.sync import Steps, leaves
 from usbip_plugin.usbip.client import TcpUsbipClient
@@ -145,6 +147,7 @@ class _Process:
         self._beat_at: float | None = None
         observer = replace(agent_metrics.observer, on_notice=self._notice)
         self.agent = Agent(outside, loaded.config, domain=options.domain, observer=observer)
+        self._products = Products(self.agent.claims)
         losses = DropCounts(
             events_dropped=lambda: events.dropped,
             trace_export_failures=lambda: tracing.export_failures,
@@ -186,7 +189,7 @@ class _Process:
         if self._options.probes:
             yield HttpServer(self._options.probes, probes, self._clock, names=names)
         if self._options.listen:
-            site = Site(self._status, self._metrics.render, self._recent, self._clock)
+            site = Site(self._status, self._cluster, self._metrics.render, self._recent, self._clock)
             pages = {**probes, **site.pages()}
             yield HttpServer(self._options.listen, pages, self._clock, below=site.below(), names=names)
 
@@ -217,16 +220,36 @@ class _Process:
             lines.append(f"locks not read: {self.agent.locks.api.error or 'waiting'}")
         return Verdict(ok=False, lines=tuple(lines))
 
+    def _report(self) -> Report:
+        return report_of(
+            node=self._options.node,
+            clock=self._clock,
+            started=self._started,
+            ready=self._ready(),
+            alive=self._alive(),
+        )
+
     def _status(self) -> Steps[NodeReport]:
         return status_of(
             self.agent,
-            node=self._options.node,
+            self._report(),
             domain=self._options.domain,
-            clock=self._clock,
-            started=self._started,
+            now=self._clock.now(),
+            monotonic=self._clock.monotonic(),
             config=self._config_report,
-            ready=self._ready(),
-            alive=self._alive(),
+            products=self._products,
+            events=tuple(self._events.recent),
+        )
+
+    def _cluster(self) -> Steps[ClusterReport]:
+        return cluster_of(
+            self.agent,
+            self._report(),
+            domain=self._options.domain,
+            now=self._clock.now(),
+            monotonic=self._clock.monotonic(),
+            products=self._products,
+            port=port_for_others(self._options.listen),
         )
 
     def _notice(self, notice: DeviceEvent) -> None:

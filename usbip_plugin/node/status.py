@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -12,62 +12,95 @@ from usbip_plugin.claims import ClaimState
 from usbip_plugin.clock import Clock
 from usbip_plugin.config.schema import Config
 from usbip_plugin.errors import ConfigError
-from usbip_plugin.model import Advertised
+from usbip_plugin.kube.events import RecordedEvent
+from usbip_plugin.model import Advertised, Lock
 from usbip_plugin.node.agent import Agent
+from usbip_plugin.node.products import Products
 from usbip_plugin.observe.liveness import Verdict
-from usbip_plugin.observe.status import ConfigReport, DeviceRow, LocksReport, NodeReport, RegistrationRow, ServerRow
+from usbip_plugin.observe.status import (
+    ConfigReport,
+    DeviceRow,
+    DriverReport,
+    EventRow,
+    LocksReport,
+    NodeReport,
+    RegistrationRow,
+    Report,
+    ServerRow,
+)
 from usbip_plugin.sync import Steps
 from usbip_plugin.usbip.poller import ServerState
+
+LOST_BY_POD = (ClaimState.REATTACHING, ClaimState.LOST)
+"""States in which the pod that has the device is without it."""
+
+
+def report_of(*, node: str, clock: Clock, started: float, ready: Verdict, alive: Verdict) -> Report:
+    """Returns what every page says about this node. started: when the process began, by clock.monotonic()."""
+    return Report(
+        node=node,
+        version=__version__,
+        now=_moment(clock.now()),
+        uptime=clock.monotonic() - started,
+        not_ready=() if ready.ok else ready.lines or ("not ready",),
+        not_alive=() if alive.ok else alive.lines or ("not alive",),
+    )
 
 
 def status_of(
     agent: Agent,
+    report: Report,
     *,
-    node: str,
     domain: str,
-    clock: Clock,
-    started: float,
+    now: datetime,
+    monotonic: float,
     config: ConfigReport,
-    ready: Verdict,
-    alive: Verdict,
+    products: Products,
+    events: Sequence[RecordedEvent],
 ) -> Steps[NodeReport]:
-    """Returns the state of the node as it is now. started: when the process began, by clock.monotonic()."""
+    """Returns the state of the node as it is now. now, monotonic: this moment, by the wall and the monotonic clock.
+
+    events: the oldest first.
+    """
     devices = []
-    for row in device_rows(agent, domain):
+    for row in device_rows(agent, domain, now=now, products=products):
         devices.append(row)
         yield
-    now = clock.monotonic()
+    ports = agent.inventory.ports
     return NodeReport(
-        node=node,
-        version=__version__,
-        now=_moment(clock.now()),
-        uptime=now - started,
-        not_ready=() if ready.ok else ready.lines or ("not ready",),
-        not_alive=() if alive.ok else alive.lines or ("not alive",),
+        **{one.name: getattr(report, one.name) for one in fields(Report)},
         devices=tuple(devices),
-        servers=_servers(agent, now),
+        servers=_servers(agent, monotonic),
         registrations=tuple(
             RegistrationRow(name, plugin.registered, plugin.registrations, plugin.error)
             for name, plugin in sorted(agent.resources.plugins.items())
         ),
-        locks=_locks(agent, now),
+        locks=_locks(agent, monotonic),
         config=config,
+        driver=DriverReport(ports.error, ports.used_hs, ports.free_hs, ports.used_ss, ports.free_ss),
+        events=tuple(
+            EventRow(_moment(one.at), one.text.type, one.text.reason, one.text.note, str(one.pod) if one.pod else None)
+            for one in reversed(events)
+        ),
     )
 
 
-def device_rows(agent: Agent, domain: str) -> Iterator[DeviceRow]:
+def device_rows(agent: Agent, domain: str, *, now: datetime, products: Products) -> Iterator[DeviceRow]:
     """Yields a row for each resource and device that this node offers."""
     for resource, devices in sorted(agent.inventory.advertised.items()):
         for device in sorted(devices, key=lambda one: one.key):
-            yield _device(agent, domain, resource, device)
+            yield _device(agent, domain, resource, device, now, products)
 
 
-def _device(agent: Agent, domain: str, resource: str, device: Advertised) -> DeviceRow:
+def _device(
+    agent: Agent, domain: str, resource: str, device: Advertised, now: datetime, products: Products
+) -> DeviceRow:
     lock, claim = agent.locks.locks.get(device.id), agent.claims.view.get(device.id)
     held = lock if lock is not None and lock.holder else None
     offers = agent.inventory.lookup(resource)
     offered = offers[1].get(device.id) if offers is not None else None
     health, port = device.health, held.port if held is not None else None
+    serials = (offered.identity.serial if offered else None, claim.serial if claim else None)
     return DeviceRow(
         resource=f"{domain}/{resource}",
         device=str(device.key),
@@ -82,13 +115,24 @@ def _device(agent: Agent, domain: str, resource: str, device: Advertised) -> Dev
         server=str(device.key.server),
         busid=device.key.busid,
         usb_id=str(offered.usb_id) if offered is not None else None,
-        serial=(offered.identity.serial if offered is not None else None) or None,
+        serial=next((serial for serial in serials if serial), None),
         selector=str(offered.selector.selector) if offered is not None else "",
         state=(claim.state if claim is not None else ClaimState.FREE).value,
         here=claim is not None,
         epoch=lock.epoch if lock is not None else None,
         port=claim.port if claim is not None else port,
+        product=products.of(device.id, claim.usb_id if claim else offered.usb_id if offered else None),
+        held_for=seconds_held(held, now),
+        lost=claim is not None and claim.state in LOST_BY_POD,
+        pod_here=str(claim.pod) if claim is not None and claim.pod is not None else None,
     )
+
+
+def seconds_held(lock: Lock | None, now: datetime) -> float | None:
+    """Returns how long a lock has been held, at least 0 whatever its holder's clock says. None if it is not known."""
+    if lock is None or lock.acquired_at is None:
+        return None
+    return max(0.0, (now - lock.acquired_at).total_seconds())
 
 
 def _servers(agent: Agent, now: float) -> tuple[ServerRow, ...]:

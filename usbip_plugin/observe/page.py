@@ -1,4 +1,4 @@
-"""The status page as HTML: the state of the node for an operator, and the last traces as bars.
+"""The status page as HTML: the node and the cluster for an operator, and the last traces as bars.
 
 Imported on the first visit only: jinja2 and the templates take 5 MiB.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from importlib import resources
 from typing import TypeVar
 
@@ -16,21 +17,25 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from usbip_plugin.model import Reason
-from usbip_plugin.observe.status import DeviceRow, NodeReport
+from usbip_plugin.observe.status import ClusterReport, DeviceRow, NodeReport, Report
 from usbip_plugin.observe.traces import GAP_WIDTH, WIDTH, duration, lay_out, summary
 from usbip_plugin.observe.tracing import SpanRecord
 from usbip_plugin.sync import Steps
 
 T = TypeVar("T")
 
-PAGE, MAIN, PARTS = "page.html", "main.html", "parts.html"
-"""The templates: the whole document with its style and script, the content of <main>, and macros for the content."""
+PAGE, NODE, CLUSTER, PARTS, TRACE = "page.html", "node.html", "cluster.html", "parts.html", "trace.html"
+"""The templates: the whole document with its style and script, the contents of <main>, and macros for them."""
 MAX_BARS = 60
 """Bars of one trace on the page. /api/traces/ID has all spans."""
 MAX_ROWS = 500
-"""Rows of the table of devices. /api/devices has all."""
+"""Rows of a table of devices. /api/devices and /api/cluster have all."""
 BATCH = 16
 """Rows or bars that are rendered in one step: half a millisecond."""
+MAX_GAPS = 6
+"""Lengths of shortened pauses that the legend of a trace lists."""
+MAX_LINES = 10
+"""Pods without their device that the banner lists."""
 MAX_TRACES = 20
 """Traces on the page, the newest ones."""
 COLOURS = 6
@@ -42,7 +47,7 @@ SHOWN_ELSEWHERE = frozenset({Reason.HELD_ELSEWHERE.value, Reason.ATTACHED.value}
 
 
 class Page:
-    """Renderer of a NodeReport and the last traces as HTML.
+    """Renderer of a node with its last traces, and of the cluster, as HTML.
 
     policy: value of the Content-Security-Policy header. It allows only the style and the script in page.html, images
     in data: URLs, and requests to the same origin.
@@ -58,45 +63,68 @@ class Page:
             undefined=StrictUndefined,
             auto_reload=False,
         )
-        environment.filters.update(age=age, duration=duration, identity=_identity)
+        environment.filters.update(
+            age=age, duration=duration, identity=_identity, attributes=_attributes, percent=_percent
+        )
         environment.globals.update(
             COLOURS=COLOURS,
             GAP_WIDTH=GAP_WIDTH,
             MAX_BARS=MAX_BARS,
             MAX_ROWS=MAX_ROWS,
+            MAX_GAPS=MAX_GAPS,
+            MAX_LINES=MAX_LINES,
             SHOWN_ELSEWHERE=SHOWN_ELSEWHERE,
-            WIDTH=WIDTH,
             state_pill=_state_pill,
         )
-        self._templates = {name: environment.get_template(name) for name in (PAGE, MAIN, PARTS)}
+        self._templates = {name: environment.get_template(name) for name in (PAGE, NODE, CLUSTER, PARTS, TRACE)}
         self._drawn: dict[tuple[str, int, str | None, bool], Markup] = {}
         self.policy = _policy(_source(PAGE))
 
-    def whole(self, status: NodeReport, traces: Sequence[Sequence[SpanRecord]]) -> Steps[bytes]:
-        """Returns the whole HTML document. traces: the oldest first."""
-        return self._render(PAGE, status, traces)
+    def node(self, status: NodeReport, traces: Sequence[Sequence[SpanRecord]], *, whole: bool) -> Steps[bytes]:
+        """Returns the page of this node: the document, or the content of <main>, which the script fetches periodically.
 
-    def main(self, status: NodeReport, traces: Sequence[Sequence[SpanRecord]]) -> Steps[bytes]:
-        """Returns the content of <main>, which changes. The page's script fetches it periodically."""
-        return self._render(MAIN, status, traces)
-
-    def _render(self, template: str, status: NodeReport, traces: Sequence[Sequence[SpanRecord]]) -> Steps[bytes]:
+        traces: the oldest first.
+        """
         names = {row.id: row.device for row in status.devices}
         drawn = yield from self._draw([spans for spans in reversed(traces) if spans][:MAX_TRACES], names)
-        devices = yield from _batches(
-            status.devices[:MAX_ROWS], lambda rows: self._macro("device_rows")(rows, status.node)
-        )
+        devices = yield from _batches(status.devices[:MAX_ROWS], partial(self._macro("device_rows"), status.node))
         servers = yield from _batches(status.servers, self._macro("server_rows"))
-        tiles = _tiles(status)
+        events = yield from _batches(status.events, self._macro("event_rows"))
+        values = {
+            "tiles": node_tiles(status),
+            "without": tuple(without_device(status.devices).items()),
+            "hint": hint(status),
+            "traces": drawn,
+            "device_rows": devices,
+            "server_rows": servers,
+            "event_rows": events,
+        }
         yield
-        page = self._templates[template].render(
-            status=status, tiles=tiles, traces=drawn, device_rows=devices, server_rows=servers
-        )
+        return (yield from self._page(NODE, "api/page", status, values, whole=whole))
+
+    def cluster(self, report: ClusterReport, *, whole: bool) -> Steps[bytes]:
+        """Returns the page of the cluster, as node() does."""
+        links = {row.node: row.url for row in report.nodes if row.url is not None}
+        rows = yield from _batches(report.devices[:MAX_ROWS], partial(self._macro("lock_rows"), report.node, links))
+        nodes = yield from _batches(report.nodes[:MAX_ROWS], partial(self._macro("node_rows"), report.node))
+        values = {"tiles": cluster_tiles(report), "lock_rows": rows, "node_rows": nodes}
         yield
-        return page.encode()
+        return (yield from self._page(CLUSTER, "api/page/cluster", report, values, whole=whole))
+
+    def _page(
+        self, content: str, refresh: str, status: Report, values: Mapping[str, object], *, whole: bool
+    ) -> Steps[bytes]:
+        """refresh: the path of the content, relative to the page, so that it is right behind a proxy, too."""
+        template = self._templates[PAGE if whole else content]
+        pieces = []
+        for piece in template.generate(values, content=content, refresh=refresh, status=status):
+            pieces.append(piece.encode())
+            yield
+        return b"".join(pieces)
 
     def _macro(self, name: str) -> Callable[..., Markup]:
-        macro: Callable[..., Markup] = vars(self._templates[PARTS].module)[name]
+        modules = (vars(self._templates[template].module) for template in (PARTS, TRACE))
+        macro: Callable[..., Markup] = next(module[name] for module in modules if name in module)
         return macro
 
     def _draw(self, traces: Sequence[Sequence[SpanRecord]], names: Mapping[str, str]) -> Steps[Sequence[Markup]]:
@@ -115,8 +143,10 @@ class Page:
         hidden = ABOUT_THE_DEVICE if device and len(devices) <= 1 else frozenset()
         about, fall = summary(spans), lay_out(spans)
         yield
-        bars = yield from _batches(fall.bars[:MAX_BARS], lambda some: self._macro("trace_bars")(some, fall, hidden))
-        return self._macro("trace")(about, fall, bars, device, opened)
+        shown = fall.bars[:MAX_BARS]
+        bars = yield from _batches(shown, partial(self._macro("trace_bars"), fall))
+        notes = yield from _batches(shown, partial(self._macro("trace_notes"), hidden))
+        return self._macro("trace")(about, fall, bars, notes, device, opened)
 
 
 def _batches(rows: Sequence[T], render: Callable[[Sequence[T]], Markup]) -> Steps[Sequence[Markup]]:
@@ -166,27 +196,68 @@ def age(seconds: float) -> str:
     return f"{int(seconds // 86_400)} d"
 
 
-def _tiles(status: NodeReport) -> Sequence[tuple[str, str, str]]:
+def without_device(rows: Sequence[DeviceRow]) -> Mapping[str, DeviceRow]:
+    """Returns the pods of this node that have lost a device, each with one such device. A pod may be unknown yet."""
+    return {row.pod_here or f"pod of {row.device}": row for row in reversed(rows) if row.lost}
+
+
+def node_tiles(status: NodeReport) -> Sequence[tuple[str, str, str]]:
     """Returns the name, the value and the colour of each tile. A device of several resources is counted once."""
     devices = {row.id: row for row in reversed(status.devices)}.values()
-    here = sum(row.here for row in devices)
+    here = sum(row.here and not row.lost for row in devices)
     elsewhere = sum(not row.here and row.holder not in (None, status.node) for row in devices)
     free = sum(row.healthy and not row.here for row in devices)
+    without = len(without_device(status.devices))
+    unavailable = max(0, len(devices) - free - here - elsewhere)
     up = sum(row.reachable for row in status.servers)
     return (
+        ("pods without device" if without != 1 else "pod without device", str(without), "bad" if without else ""),
         ("available", str(free), "good" if free else ""),
         ("in use here", str(here), "accent" if here else ""),
         ("in use elsewhere", str(elsewhere), ""),
-        ("unavailable", str(max(0, len(devices) - free - here - elsewhere)), ""),
+        ("unavailable", str(unavailable), "bad" if unavailable else ""),
         ("servers reachable", f"{up} of {len(status.servers)}", "bad" if up < len(status.servers) else ""),
     )
 
 
+def cluster_tiles(report: ClusterReport) -> Sequence[tuple[str, str, str]]:
+    held = sum(row.holder is not None for row in report.devices)
+    nodes = sum(row.held > 0 for row in report.nodes)
+    return (
+        ("devices", str(len(report.devices)), ""),
+        ("in use", str(held), "accent" if held else ""),
+        ("not in use", str(len(report.devices) - held), ""),
+        ("nodes with devices in use", f"{nodes} of {len(report.nodes)}", ""),
+    )
+
+
+def hint(status: NodeReport) -> str:
+    """Returns what to do so that this node offers a device. "" if it offers one."""
+    if status.devices:
+        return ""
+    if not status.config.resources:
+        return f"Add a resource to {status.config.path}, or to the ConfigMap that it comes from."
+    if not any(row.reachable for row in status.servers):
+        return "No server has answered. Start usbipd or usbip-plugin export there, and open its port in the firewall."
+    listed = sum(row.devices - row.hubs for row in status.servers)
+    if not listed:
+        return "The servers export no device. Plug one in, and run on its server: usbip bind -b BUSID"
+    return f"No selector matches the devices that the servers export ({listed}). Compare with: usbip list -r SERVER"
+
+
 def _identity(row: DeviceRow) -> str:
-    """Returns the USB ID, the serial number and the selector of a device, without a selector of exactly this USB ID."""
+    """Returns the USB ID and the selector of a device, without a selector of exactly this USB ID."""
     vendor, _, product = (row.usb_id or "").partition(":")
     implied = row.selector == f"vendor {vendor}, product {product}"
-    return " · ".join(part for part in (row.usb_id, row.serial, None if implied else row.selector) if part)
+    return " · ".join(part for part in (row.usb_id, None if implied else row.selector) if part)
+
+
+def _percent(units: float) -> str:
+    return f"{units * 100 / WIDTH:.2f}%"
+
+
+def _attributes(span: SpanRecord, hidden: Collection[str]) -> str:
+    return " · ".join(f"{key}={value}" for key, value in sorted(span.attributes.items()) if key not in hidden)
 
 
 def _state_pill(row: DeviceRow) -> tuple[str, str]:

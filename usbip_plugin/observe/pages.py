@@ -10,18 +10,20 @@ import asyncio
 import json
 import math
 import re
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from usbip_plugin.clock import Clock
 from usbip_plugin.observe.http import Answer, PageHandler
 from usbip_plugin.observe.liveness import Verdict
+from usbip_plugin.observe.status import SCHEMA, rows_as_json
 from usbip_plugin.sync import Steps, in_slices
 
 if TYPE_CHECKING:
     from usbip_plugin.observe.page import Page
-    from usbip_plugin.observe.status import NodeReport
-    from usbip_plugin.observe.tracing import RecentSpans, SpanRecord  # the SDK of OpenTelemetry, not for the exporter
+    from usbip_plugin.observe.status import ClusterReport, NodeReport
+    from usbip_plugin.observe.tracing import RecentSpans  # the SDK of OpenTelemetry, not for the exporter
 
 T = TypeVar("T")
 
@@ -31,6 +33,7 @@ JSON_PARTS = 200
 """Parts of a JSON text, such as one value, that are made in one step: a tenth of a millisecond."""
 JSON = "application/json"
 HTML = "text/html; charset=utf-8"
+FRAGMENT_POLICY = "default-src 'none'; sandbox"
 TRACES = "/api/traces"
 _TRACE_ID = re.compile("[0-9a-f]{32}")
 
@@ -56,7 +59,7 @@ def probe_pages(alive: Callable[[], Verdict], ready: Callable[[], Verdict]) -> d
 class Site:
     """The metrics, the status page and the JSON under /api.
 
-    status: returns the node as it is now.
+    status, cluster: return this node, and the devices of the cluster, as they are now.
     metrics: Metrics.render.
     recent: the last traces, RECENT_TRACES at most. Only these are served.
     """
@@ -64,21 +67,26 @@ class Site:
     def __init__(
         self,
         status: Callable[[], Steps[NodeReport]],
+        cluster: Callable[[], Steps[ClusterReport]],
         metrics: Callable[[], Steps[tuple[bytes, str]]],
         recent: RecentSpans,
         clock: Clock,
     ) -> None:
-        self._status, self._metrics, self._recent, self._clock = status, metrics, recent, clock
+        self._status, self._cluster, self._metrics = status, cluster, metrics
+        self._recent, self._clock = recent, clock
         self._page: Page | None = None
         self._making = asyncio.Lock()
 
     def pages(self) -> dict[str, PageHandler]:
         """Returns the pages by path."""
         pages: dict[str, PageHandler] = {
-            "/": self._whole,
-            "/api/page": self._main,
+            "/": partial(self._html, self._node_html, whole=True),
+            "/cluster": partial(self._html, self._cluster_html, whole=True),
+            "/api/page": partial(self._html, self._node_html, whole=False),
+            "/api/page/cluster": partial(self._html, self._cluster_html, whole=False),
             "/api/status": lambda: self._make(self._status_json()),
             "/api/devices": lambda: self._make(self._devices_json()),
+            "/api/cluster": lambda: self._make(self._cluster_json()),
             TRACES: lambda: self._make(self._traces()),
             "/metrics": lambda: self._make(self._metrics_text()),
         }
@@ -104,21 +112,20 @@ class Site:
             self._page = await asyncio.to_thread(load)
         return self._page
 
-    async def _whole(self) -> Answer:
+    async def _html(self, render: Callable[[Page, bool], Steps[bytes]], *, whole: bool) -> Answer:
         page = await self._load()
-        body = await self._make(self._html(page.whole))
-        return Answer(body, HTML, headers={"Content-Security-Policy": page.policy})
+        body = await self._make(render(page, whole))
+        # a browser that opens a fragment must not run a script that a device may have put into it
+        return Answer(body, HTML, headers={"Content-Security-Policy": page.policy if whole else FRAGMENT_POLICY})
 
-    async def _main(self) -> Answer:
-        body = await self._make(self._html((await self._load()).main))
-        # a browser that opens it directly must not run a script that a device may have put into it
-        return Answer(body, HTML, headers={"Content-Security-Policy": "default-src 'none'; sandbox"})
-
-    def _html(self, render: Callable[[NodeReport, Sequence[Sequence[SpanRecord]]], Steps[bytes]]) -> Steps[bytes]:
+    def _node_html(self, page: Page, whole: bool) -> Steps[bytes]:
         status = yield from self._status()
         traces = self._recent.traces()
         yield
-        return (yield from render(status, traces))
+        return (yield from page.node(status, traces, whole=whole))
+
+    def _cluster_html(self, page: Page, whole: bool) -> Steps[bytes]:
+        return (yield from page.cluster((yield from self._cluster()), whole=whole))
 
     def _status_json(self) -> Steps[Answer]:
         status = yield from self._status()
@@ -126,7 +133,11 @@ class Site:
 
     def _devices_json(self) -> Steps[Answer]:
         status = yield from self._status()
-        return (yield from _json((yield from status.as_json())["devices"]))
+        return (yield from _json(_versioned(devices=(yield from rows_as_json(status.devices)))))
+
+    def _cluster_json(self) -> Steps[Answer]:
+        report = yield from self._cluster()
+        return (yield from _json((yield from report.as_json())))
 
     def _metrics_text(self) -> Steps[Answer]:
         return Answer(*(yield from self._metrics()))
@@ -138,7 +149,7 @@ class Site:
         for spans in reversed(self._recent.traces()):
             yield
             found.append(summary(spans).as_json())
-        return (yield from _json(found))
+        return (yield from _json(_versioned(traces=found)))
 
     def _trace(self, trace_id: str) -> Steps[Answer]:
         from usbip_plugin.observe.traces import span_json, summary  # noqa: PLC0415
@@ -147,7 +158,12 @@ class Site:
         if not spans:
             return Answer(b"trace not found; /api/traces lists the traces in memory\n", status=404)
         yield
-        return (yield from _json({**summary(spans).as_json(), "spans": [span_json(span) for span in spans]}))
+        found = {**summary(spans).as_json(), "spans": [span_json(span) for span in spans]}
+        return (yield from _json(_versioned(**found)))
+
+
+def _versioned(**content: object) -> dict[str, object]:
+    return {"schema": SCHEMA, **content}
 
 
 def _json(value: object) -> Steps[Answer]:

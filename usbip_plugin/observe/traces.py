@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -15,10 +16,18 @@ GAP_WIDTH = 28
 """Units of the drawing for a gap, in which nothing happened: there may be hours between Allocate and release."""
 GAP_SHARE = 0.5
 """A pause is a gap if it is longer than this share of all the time in which something happened."""
+LEAST_GAP_NS = 200_000_000
+"""Nanoseconds of the shortest gap. A shorter pause may be work of a span that has no span of its own."""
 LEAST_SHARE = 0.25
 """A phase is drawn at least as wide as this share of the longest phase, so that a quick Allocate stays readable."""
+MAX_PHASES = 12
+"""Phases that are drawn. If there are more, the shortest gaps are drawn at full length."""
 LEAST_WIDTH = 4
 """Least width of a bar, in units of the drawing."""
+TICK_ROOM, LAST_TICK = 160, 850
+"""Least distance of two ticks, and the last place of one, in units of the drawing: a label of ten characters fits."""
+HOLD, RELEASE = "Allocate", "release"
+"""Names of the spans that begin and end the hold of a device."""
 MAX_DEPTH = 8
 """Deepest level that is drawn. Spans below it are drawn at this level."""
 
@@ -50,17 +59,27 @@ class Gap:
 
 
 @dataclass(frozen=True, slots=True)
+class Tick:
+    """A labelled place on the time axis. after: seconds since the start of the trace."""
+
+    x: float
+    after: float
+
+
+@dataclass(frozen=True, slots=True)
 class Waterfall:
     """The layout of a trace.
 
     bars: a span is below its parent; spans with one parent are in the order in which they start.
     gaps: the pauses that are drawn shortened.
     nodes: in the order of their first span.
+    ticks: from left to right.
     """
 
     bars: tuple[Bar, ...]
     gaps: tuple[Gap, ...]
     nodes: tuple[str, ...]
+    ticks: tuple[Tick, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +93,8 @@ class Summary:
     device: SERVER/BUSID, else the name or the ID of the device; None if no span is about a device.
     error: the first error; None if no span failed.
     failed: whether the root span itself failed.
+    allocate: seconds that the Allocate took if this is the trace of a hold; None if it is another trace.
+    ended: whether this node has released the device of the hold.
     """
 
     trace_id: str
@@ -85,6 +106,8 @@ class Summary:
     device: str | None
     error: str | None
     failed: bool
+    allocate: float | None = None
+    ended: bool = False
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "start": self.start.isoformat(timespec="milliseconds")}
@@ -108,6 +131,8 @@ def summary(spans: Sequence[SpanRecord]) -> Summary:
         device=next(_devices(ordered), None),
         error=errors[0] if errors else None,
         failed=root.error is not None,
+        allocate=root.seconds if root.name == HOLD and root.error is None else None,
+        ended=any(span.name == RELEASE for span in ordered),
     )
 
 
@@ -138,14 +163,28 @@ def lay_out(spans: Sequence[SpanRecord]) -> Waterfall:
     """Lays out every span of one trace as a bar. A span whose parent is not in the trace has depth 0."""
     ordered = _ordered(spans)
     nodes = _nodes(ordered)
-    scale = Scale.over((span.start_ns, span.end_ns) for span in ordered)
+    scale = Scale.over(_activity(ordered))
     bars = []
     for span, depth in _by_tree(ordered):
         x, end = scale.x(span.start_ns), scale.x(max(span.start_ns, span.end_ns))
         width = max(LEAST_WIDTH, end - x)
         after = (span.start_ns - ordered[0].start_ns) / 1e9
         bars.append(Bar(span, min(depth, MAX_DEPTH), min(x, WIDTH - width), width, after, nodes.index(span.node)))
-    return Waterfall(tuple(bars), scale.gaps, nodes)
+    return Waterfall(tuple(bars), scale.gaps, nodes, scale.ticks())
+
+
+def _activity(spans: Sequence[SpanRecord]) -> Iterator[tuple[int, int]]:
+    """Yields the intervals in which something happened: spans without children, and both ends of the other spans.
+
+    A span with children may be one of waits between tries.
+    """
+    parents = {span.parent_id for span in spans}
+    for span in spans:
+        if span.span_id in parents:
+            yield span.start_ns, span.start_ns
+            yield span.end_ns, span.end_ns
+        else:
+            yield span.start_ns, span.end_ns
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,13 +200,12 @@ class Scale:
         """Returns the scale that fits all intervals (nanoseconds), of which there must be at least one."""
         busy = _merged(intervals, 0)
         total = sum(end - begin for begin, end in busy)
-        merged = _merged(busy, int(total * GAP_SHARE))
+        pauses = sorted((later[0] - before[1] for before, later in itertools.pairwise(busy)), reverse=True)
+        longest_kept = pauses[MAX_PHASES - 1] if len(pauses) >= MAX_PHASES else 0
+        merged = _merged(busy, max(int(total * GAP_SHARE), longest_kept, LEAST_GAP_NS))
         longest = max(*(end - begin for begin, end in merged), 1)
         weights = [max(end - begin, longest * LEAST_SHARE) for begin, end in merged]
         room = WIDTH - GAP_WIDTH * (len(merged) - 1)
-        if room < WIDTH / 2:  # too many phases: gaps would take more than half of the axis
-            whole = (merged[0][0], merged[-1][1])
-            return cls(((*whole, 0.0, float(WIDTH)),), ())
         phases, gaps, x = [], [], 0.0
         for index, ((begin, end), weight) in enumerate(zip(merged, weights, strict=True)):
             if index:
@@ -180,10 +218,25 @@ class Scale:
 
     def x(self, at: int) -> float:
         """Returns the place of a time (nanoseconds), within 0..WIDTH."""
+        before, edge = self.phases[0][0], 0.0
         for begin, end, left, right in self.phases:
+            if at < begin:  # in a gap
+                return edge + (left - edge) * max(0, at - before) / max(begin - before, 1)
             if at <= end:
-                return left + (right - left) * max(0, at - begin) / max(end - begin, 1)
+                return left + (right - left) * (at - begin) / max(end - begin, 1)
+            before, edge = end, right
         return float(WIDTH)
+
+    def ticks(self) -> tuple[Tick, ...]:
+        """Returns the ticks that have room: first the beginnings of the phases, then places between them."""
+        start = self.phases[0][0]
+        ticks: list[Tick] = []
+        for share in (0.0, 0.5, 0.25, 0.75):
+            for begin, end, left, right in self.phases:
+                x = left + (right - left) * share
+                if x <= LAST_TICK and all(abs(x - tick.x) >= TICK_ROOM for tick in ticks):
+                    ticks.append(Tick(x, (begin - start + (end - begin) * share) / 1e9))
+        return tuple(sorted(ticks, key=lambda tick: tick.x))
 
 
 def _merged(intervals: Iterable[tuple[int, int]], pause: int) -> list[tuple[int, int]]:
@@ -223,5 +276,10 @@ def _by_tree(ordered: Sequence[SpanRecord]) -> list[tuple[SpanRecord, int]]:
 
 
 def duration(seconds: float) -> str:
-    """Returns a duration in milliseconds below one second, else in seconds: "12.3 ms", "1.25 s"."""
-    return f"{seconds * 1000:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
+    """Returns a duration: "12.3 ms", "1.25 s", from two minutes on "3 min 20 s", from two hours on "5 h 10 min"."""
+    if seconds < 1:
+        return f"{seconds * 1000:.1f} ms"
+    if seconds < 120:
+        return f"{seconds:.2f} s"
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

@@ -19,6 +19,7 @@ from usbip_plugin.errors import KubeConflict, KubeForbidden, KubeUnreachable
 from usbip_plugin.kube.events import (
     BURST,
     FOR_WARNINGS,
+    KEPT_EVENTS,
     MAX_INSTANCE,
     MAX_NOTE_BYTES,
     NORMAL,
@@ -129,6 +130,16 @@ async def test_a_flood_is_cut_and_recovers() -> None:
         assert recorder.dropped == 8
         notes = [(await written(api))["note"] for _ in range(BURST + 1)]
         assert notes[-1] == "later"
+
+
+async def test_the_last_events_that_were_recorded_are_kept() -> None:
+    clock = HandClock()
+    recorder = EventRecorder(ApiDouble(), ME, clock, random.Random(0))
+    for number in range(KEPT_EVENTS + 5):
+        recorder.record(lost(), pod(number))
+        recorder.record(lost(), pod(number))
+    assert [one.pod for one in recorder.recent] == [pod(5 + number) for number in range(KEPT_EVENTS)]
+    assert (recorder.recent[0].at, recorder.recent[0].text) == (clock.now(), lost())
 
 
 async def test_events_of_one_object_leave_room_for_others() -> None:

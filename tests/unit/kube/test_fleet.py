@@ -31,6 +31,10 @@ A, B = ({"spec": {"nodeName": name}} for name in ("a", "b"))
     ("answer", "fleet"),
     [
         ({"items": [A, B, B], "metadata": {}}, Fleet(3, frozenset({"a", "b"}))),
+        (
+            {"items": [{**A, "status": {"hostIP": "10.0.0.1"}}, A, {**B, "status": {"hostIP": 7}}], "metadata": {}},
+            Fleet(3, frozenset({"a", "b"}), {"a": "10.0.0.1"}),
+        ),
         ({"items": [A], "metadata": {"remainingItemCount": 199}}, Fleet(200)),
         ({"items": [{}, {"spec": None}, {"spec": {"nodeName": 7}}, None], "metadata": {}}, Fleet(4)),
         ({"items": [], "metadata": {}}, Fleet(0)),
@@ -39,7 +43,9 @@ A, B = ({"spec": {"nodeName": name}} for name in ("a", "b"))
         ({"items": [A], "metadata": {"remainingItemCount": "many"}}, Fleet(1, frozenset({"a"}))),
     ],
 )
-def test_one_list_has_the_number_of_pods_and_the_names_of_few_nodes(answer: dict[str, Any], fleet: Fleet) -> None:
+def test_one_list_has_the_number_of_pods_and_the_names_and_addresses_of_few_nodes(
+    answer: dict[str, Any], fleet: Fleet
+) -> None:
     api = ApiDouble(answer=lambda _call: answer)
     assert asyncio.run(count_pods(api, "usbip-system")) == fleet
     (call,) = api.calls

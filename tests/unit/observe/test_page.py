@@ -23,7 +23,20 @@ from usbip_plugin.observe.http import Answer
 from usbip_plugin.observe.metrics import Metrics
 from usbip_plugin.observe.page import MAX_BARS, MAX_ROWS, MAX_TRACES, Page, age
 from usbip_plugin.observe.pages import Site
-from usbip_plugin.observe.status import ConfigReport, DeviceRow, LocksReport, NodeReport, RegistrationRow, ServerRow
+from usbip_plugin.observe.status import (
+    SCHEMA,
+    ClusterReport,
+    ConfigReport,
+    DeviceRow,
+    DriverReport,
+    EventRow,
+    LockRow,
+    LocksReport,
+    NodeReport,
+    NodeRow,
+    RegistrationRow,
+    ServerRow,
+)
 from usbip_plugin.observe.tracing import (
     MAX_SPANS_PER_TRACE,
     MAX_TEXT_CHARACTERS,
@@ -67,8 +80,20 @@ HELD = replace(
     holder="b",
     pod="ns/p",
     since=AT,
+    held_for=200.0,
 )
 MINE = replace(DEVICE, id="usbip-c", reason="attached here", holder="a", state="Attached", here=True, epoch=3, port=7)
+LOST = replace(
+    MINE,
+    id="usbip-d",
+    healthy=False,
+    reason="attachment lost, re-attaching",
+    detail="no route",
+    state="Reattaching",
+    lost=True,
+    product="Acme Camera",
+    pod_here="ns/mine",
+)
 STATUS = NodeReport(
     node="a",
     version="1",
@@ -81,6 +106,35 @@ STATUS = NodeReport(
     registrations=(RegistrationRow("usbip.dev/stick", True, 1, None),),
     locks=LocksReport(True, True, 5.0, None, 1, 3, 4.0, 40.0),
     config=ConfigReport("/etc/config.yaml", AT, 1),
+)
+CLUSTER = ClusterReport(
+    node="a",
+    version="1",
+    now=AT,
+    uptime=3.0,
+    not_ready=(),
+    not_alive=(),
+    devices=(
+        LockRow(
+            device="lab:3240/1-1",
+            id="usbip-b",
+            resources=("usbip.dev/stick",),
+            usb_id="0951:1666",
+            serial="A1",
+            product="Kingston DataTraveler",
+            holder="b",
+            pod="ns/p",
+            since=AT,
+            held_for=185.0,
+            epoch=3,
+            port=7,
+            reason="held by another node",
+            reason_code="held_elsewhere",
+        ),
+    ),
+    nodes=(NodeRow("a", "http://10.0.0.1:13240/", 0), NodeRow("b", "http://10.0.0.2:13240/", 1)),
+    reachable=True,
+    reachable_for=5.0,
 )
 
 
@@ -111,11 +165,11 @@ def shown(status: NodeReport, *traces: list[SpanRecord]) -> Reader:
 
 
 def main(status: NodeReport, *traces: list[SpanRecord]) -> str:
-    return result_of(Page().main(status, traces)).decode()
+    return result_of(Page().node(status, traces, whole=False)).decode()
 
 
 def whole(status: NodeReport, *traces: list[SpanRecord]) -> str:
-    return result_of(Page().whole(status, traces)).decode()
+    return result_of(Page().node(status, traces, whole=True)).decode()
 
 
 def site_of(status: NodeReport, recent: RecentSpans) -> Site:
@@ -123,7 +177,11 @@ def site_of(status: NodeReport, recent: RecentSpans) -> Site:
         yield
         return status
 
-    return Site(report, Metrics().render, recent, InstantClock())
+    def cluster() -> Steps[ClusterReport]:
+        yield
+        return CLUSTER
+
+    return Site(report, cluster, Metrics().render, recent, InstantClock())
 
 
 def test_values_are_escaped() -> None:
@@ -139,7 +197,7 @@ def test_values_are_escaped() -> None:
 def test_a_cell_without_a_value_is_empty() -> None:
     html = main(STATUS)
     assert '<td role="cell" data-label="Epoch"></td>' in html
-    assert '<td role="cell" data-label="Since (UTC)"></td>' in html
+    assert '<td role="cell" data-label="Held for"></td>' in html
 
 
 @pytest.mark.parametrize(
@@ -152,7 +210,7 @@ def test_an_age_is_in_the_largest_unit_that_fits(seconds: float, text: str) -> N
 
 def test_every_device_is_shown_with_its_reason_holder_and_pod() -> None:
     text = shown(STATUS).text
-    for words in ("lab:3240/1-1", "0951:1666 · A1 · bus_id 1-*", "Available"):
+    for words in ("lab:3240/1-1", "0951:1666 · bus_id 1-*", "serial A1", "Available"):
         assert words in text
     for words in ("held by another node", "pod ns/p", "Attached"):
         assert words in text
@@ -163,8 +221,23 @@ def test_every_device_is_shown_with_its_reason_holder_and_pod() -> None:
 @pytest.mark.parametrize(
     ("changed", "text"),
     [
-        ({"devices": ()}, "No devices found yet."),
+        ({"devices": ()}, "No devices found yet. No selector matches the devices that the servers export (1)."),
+        (
+            {"devices": (), "servers": (replace(STATUS.servers[0], reachable=False),)},
+            "No server has answered. Start usbipd",
+        ),
+        ({"devices": (), "servers": (replace(STATUS.servers[0], hubs=1),)}, "The servers export no device."),
+        ({"devices": (), "config": replace(STATUS.config, resources=0)}, "Add a resource to /etc/config.yaml"),
         ({"servers": ()}, "No servers are configured."),
+        ({"driver": DriverReport("not loaded")}, "No device can be attached on this node"),
+        ({"driver": DriverReport(None, 8, 0, 0, 8)}, "none left"),
+        ({"driver": DriverReport(None, 3, 5, 0, 8)}, "3 used, 5 free"),
+        ({"devices": (LOST,)}, "1 pod without its device"),
+        ({"devices": (LOST,)}, "ns/mine: lab:3240/1-1 (Acme Camera), attachment lost, re-attaching: no route"),
+        ({"devices": (LOST, replace(LOST, id="usbip-e", pod_here="ns/2"))}, "2 pods without their device"),
+        ({"devices": (replace(LOST, pod="ns/theirs", holder="b"),)}, "lost by pod ns/mine"),
+        ({"events": (EventRow(AT, "Warning", "DeviceLost", "it is gone", "ns/p"),)}, "DeviceLostns/pit is gone"),
+        ({"events": (EventRow(AT, "Normal", "DeviceDenied", "held", None),)}, "DeviceDeniedthis nodeheld"),
         ({"registrations": ()}, "No resources are configured."),
         ({"not_ready": ("locks not read: waiting",)}, "locks not read: waiting"),
         ({"not_alive": ("event loop: no heartbeat",)}, "event loop: no heartbeat"),
@@ -221,12 +294,12 @@ def test_the_page_is_bounded_and_links_to_the_rest() -> None:
     reader = shown(many, *traces)
     rows = [attrs["data-key"] for name, attrs in reader.elements if name == "tr" and "data-key" in attrs]
     assert sum((key or "").startswith("usbip.dev/stick-usbip-") for key in rows) == MAX_ROWS
-    assert "and 2 more: /api/devices" in reader.text
-    details = [attrs for name, attrs in reader.elements if name == "details"]
+    assert "and 2 more: api/devices" in reader.text
+    details = [attrs for name, attrs in reader.elements if name == "details" and attrs.get("class") != "attributes"]
     assert len(details) == MAX_TRACES
     assert details[0]["id"] == f"t{RECENT_TRACES - 1:032x}", "the newest first"
     assert sum(name == "rect" for name, _ in reader.elements) == MAX_TRACES * MAX_BARS
-    assert f"and {MAX_SPANS_PER_TRACE - MAX_BARS} more: /api/traces/" in reader.text
+    assert f"and {MAX_SPANS_PER_TRACE - MAX_BARS} more: api/traces/" in reader.text
     assert len(whole(many, *traces)) < 5_000_000
 
 
@@ -235,7 +308,7 @@ HOSTILE = [
     '"><img src=x onerror=x>',
     "' onfocus='x",
     "</title><script>",
-    '{% include "main.html" %}',
+    '{% include "node.html" %}',
     "{{ 7 * 7 }}",
     "a:b:c",
     "\u202eabc\x07",
@@ -271,14 +344,78 @@ def test_hostile_text_makes_no_element_and_no_attribute(bad: str) -> None:
 
 def test_the_content_security_policy_allows_only_the_script_and_the_style_of_the_page() -> None:
     page = Page()
-    html = result_of(page.whole(STATUS, [])).decode()
+    html = result_of(page.node(STATUS, [], whole=True)).decode()
     for name in ("script", "style"):
         (part,) = re.findall(f"<{name}>(.*?)</{name}>", html, re.DOTALL)
         digest = base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()
         assert f"{name}-src 'sha256-{digest}'" in page.policy
     assert "default-src 'none'" in page.policy
     assert "unsafe" not in page.policy
-    assert not re.findall(r"""(?:src|href|action)=["'](?!/|data:,)""", html), "the page loads nothing else"
+    links = re.findall(r"""(?:src|href|action)=["']([^"']*)""", html)
+    assert {"./", "cluster", "api/status", "metrics"} < set(links)
+    assert not [link for link in links if not re.fullmatch(r"data:,|\./|[a-z][a-z/]*", link)], (
+        "all are relative: the page works below any path of a proxy, and loads nothing else"
+    )
+    assert 'data-refresh="api/page"' in html
+
+
+def test_a_hold_is_named_so_with_the_time_of_its_allocate() -> None:
+    start, end = 10**9, 16 * 10**9
+    allocate = span(1, name="Allocate", start_ns=start, end_ns=start + 17_000_000)
+    released = span(2, 1, name="release", start_ns=end, end_ns=end + 10**9)
+    going_on = shown(STATUS, [allocate]).text.partition("Recent traces")[2]
+    assert "HoldaAllocate 17.0 ms" in going_on
+    assert ", held" not in going_on
+    assert "HoldaAllocate 17.0 ms, held 16.00 s" in shown(STATUS, [allocate, released]).text
+    failed = shown(STATUS, [replace(allocate, error="no route")]).text.partition("Recent traces")[2]
+    assert "Hold" not in failed.partition("Events")[0]
+
+
+def test_the_axis_the_skipped_pauses_and_the_nodes_are_labelled_and_attributes_are_folded() -> None:
+    long_after = 60 * 10**9
+    spans = [
+        span(1, end_ns=10**9, attributes={"k": "v"}),
+        span(2, node="b", start_ns=long_after, end_ns=long_after + 10**9),
+    ]
+    reader = shown(STATUS, spans)
+    assert "skipped: 59.00 s" in reader.text
+    assert "60.00 s" in reader.text.partition("skipped")[2], "the axis"
+    labels = [attrs["aria-label"] for name, attrs in reader.elements if name == "svg" and "aria-label" in attrs]
+    assert labels == ["on a, starts after 0.0 ms, takes 1.00 s", "on b, starts after 60.00 s, takes 1.00 s"]
+    folded = [attrs for name, attrs in reader.elements if name == "details" and attrs.get("class") == "attributes"]
+    assert len(folded) == 1
+    assert "open" not in folded[0]
+
+
+def test_the_page_of_the_cluster_has_every_device_and_links_to_the_other_nodes() -> None:
+    html = result_of(Page().cluster(CLUSTER, whole=True)).decode()
+    text = Reader(html.partition("<main")[2]).text
+    for words in ("Kingston DataTraveler", "serial A1", "ns/p", "3 min", "held by another node", "as seen by a"):
+        assert words in text
+    links = [attrs["href"] for name, attrs in Reader(html).elements if name == "a"]
+    assert links.count("http://10.0.0.2:13240/") == 2, "of the holder, and of the node"
+    assert "http://10.0.0.1:13240/" not in links, "this node"
+    assert 'data-refresh="api/page/cluster"' in html
+    assert "kubectl port-forward" not in text
+    alone = replace(CLUSTER, devices=(), nodes=(NodeRow("a", None, 0),), reachable=False)
+    text = Reader(result_of(Page().cluster(alone, whole=False)).decode()).text
+    for words in ("No devices found yet", "API server unreachable for 5 s", "kubectl port-forward POD"):
+        assert words in text
+
+
+async def test_json_has_the_devices_of_the_cluster() -> None:
+    found = json.loads((await asked(site_of(STATUS, RecentSpans()), "/api/cluster")).body)
+    assert (found["schema"], found["node"], found["reachable"]) == (SCHEMA, "a", True)
+    assert found["devices"][0]["holder"] == "b"
+    assert found["nodes"][1] == {"node": "b", "url": "http://10.0.0.2:13240/", "held": 1}
+
+
+def test_no_step_of_a_page_renders_more_than_a_batch() -> None:
+    many = 500
+    status = replace(STATUS, devices=(HELD,) * many, servers=STATUS.servers * many)
+    cluster = replace(CLUSTER, devices=CLUSTER.devices * many, nodes=CLUSTER.nodes * many)
+    for steps in (Page().node(status, [], whole=True), Page().cluster(cluster, whole=True)):
+        assert sum(1 for _ in steps) >= 2 * many / page.BATCH
 
 
 async def test_json_has_the_devices_and_traces_of_the_page() -> None:
@@ -289,17 +426,21 @@ async def test_json_has_the_devices_and_traces_of_the_page() -> None:
     site = site_of(STATUS, recent)
     (trace,) = site.below().values()
     status = json.loads((await asked(site, "/api/status")).body)
-    assert status["devices"] == json.loads((await asked(site, "/api/devices")).body)
+    devices = json.loads((await asked(site, "/api/devices")).body)
+    assert (devices["schema"], status["schema"]) == (SCHEMA, SCHEMA)
+    assert status["devices"] == devices["devices"]
     assert {"resource", "device", "id", "healthy", "reason", "detail", "holder", "pod", "since"} < set(
         status["devices"][0]
     )
     assert (status["node"], status["locks"]["duration"], status["servers"][0]["answered"]) == ("a", 40.0, 2.0)
-    newest, oldest = json.loads((await asked(site, "/api/traces")).body)
+    traces = json.loads((await asked(site, "/api/traces")).body)
+    newest, oldest = traces["traces"]
     assert newest["trace_id"] == "2".zfill(32)
     assert (oldest["name"], oldest["device"], oldest["error"], oldest["failed"], oldest["span_count"]) == (
         *("step 1", "lab:3240/1-1", "broke", False, 2),
     )
     found = json.loads((await trace("1".zfill(32))).body)
+    assert traces["schema"] == found["schema"] == SCHEMA
     assert [one["name"] for one in found["spans"]] == ["step 1", "step 2"]
     assert found["spans"][1]["parent_id"] == f"{1:016x}"
     for unknown in ("", "x", "3".zfill(32), "../devices"):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 
 from tests.rigs.tasks import background
-from tests.unit.observe.test_page import STATUS
+from tests.unit.observe.test_page import CLUSTER, STATUS
 from usbip_plugin.observe.http import Answer
 from usbip_plugin.observe.pages import MADE_EVERY_S, Paced, Site
-from usbip_plugin.observe.status import NodeReport
+from usbip_plugin.observe.status import ClusterReport, NodeReport
 from usbip_plugin.observe.tracing import RecentSpans
 from usbip_plugin.sync import PAUSE_S, SLICE_S, Steps, in_slices
 from usbip_sim.virtual.loop import SimClock, virtual
@@ -129,11 +129,15 @@ async def test_one_page_is_made_at_a_time() -> None:
         yield from metrics()
         return STATUS
 
-    pages = Site(status, metrics, RecentSpans(), CountingClock(asyncio.get_running_loop())).pages()
+    def cluster() -> Steps[ClusterReport]:
+        yield from metrics()
+        return CLUSTER
+
+    pages = Site(status, cluster, metrics, RecentSpans(), CountingClock(asyncio.get_running_loop())).pages()
 
     async def get(path: str) -> None:
         answer = pages[path]()
         assert isinstance(answer, Answer) or await answer
 
-    await asyncio.gather(*map(get, ("/metrics", "/api/status", "/api/devices", "/api/page")))
+    await asyncio.gather(*map(get, ("/metrics", "/api/status", "/api/devices", "/api/page", "/cluster")))
     assert most == [1]

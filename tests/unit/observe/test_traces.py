@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from usbip_plugin.observe.traces import LEAST_WIDTH, MAX_DEPTH, WIDTH, lay_out, summary
+from usbip_plugin.observe.traces import (
+    LAST_TICK,
+    LEAST_WIDTH,
+    MAX_DEPTH,
+    MAX_PHASES,
+    TICK_ROOM,
+    WIDTH,
+    lay_out,
+    summary,
+)
 from usbip_plugin.observe.tracing import SpanRecord
 
 MS = 1_000_000
@@ -41,6 +51,43 @@ def test_hours_without_activity_are_shortened_and_marked() -> None:
     assert allocate.width > WIDTH / 5
     assert lock.width == allocate.width / 2
     assert release.x > gap.x > allocate.x + allocate.width - 1
+
+
+def test_waits_between_tries_are_shortened_inside_of_the_span_that_waits() -> None:
+    """The tries of a re-attach that took an hour stay legible, as does the Allocate before it."""
+    tries = [span(10 + n, n * 300 * S, n * 300 * S + 20 * MS, 2) for n in range(1, 5)]
+    fall = lay_out([span(1, 0, 20 * MS), span(2, 300 * S, 1200 * S + 20 * MS, 1), *tries])
+    widths = {bar.span.name: bar.width for bar in fall.bars}
+    assert min(widths.values()) > WIDTH / 10
+    assert [round(gap.seconds) for gap in fall.gaps] == [300] * 4
+    assert widths["s2"] > WIDTH / 2
+
+
+def test_a_short_pause_is_not_skipped() -> None:
+    assert lay_out([span(1, 0, MS), span(2, 150 * MS, 151 * MS)]).gaps == ()
+
+
+def test_of_many_phases_the_longest_gaps_are_shortened() -> None:
+    begins = [n * n * S for n in range(2 * MAX_PHASES)]
+    fall = lay_out([span(n, begin, begin + MS) for n, begin in enumerate(begins)])
+    assert len(fall.gaps) == MAX_PHASES - 1
+    assert min(gap.seconds for gap in fall.gaps) > 2 * MAX_PHASES - 1
+
+
+def test_ticks_have_room_and_the_times_of_their_places() -> None:
+    fall = lay_out([span(1, 0, 4 * S), span(2, 100 * S, 104 * S)])
+    assert [(round(tick.x), tick.after) for tick in fall.ticks] == [(0, 0), (243, 2), (514, 100), (757, 102)]
+    for one, other in itertools.pairwise(fall.ticks):
+        assert other.x - one.x >= TICK_ROOM
+    assert fall.ticks[-1].x <= LAST_TICK
+
+
+def test_the_trace_of_a_hold_has_the_time_of_its_allocate() -> None:
+    allocate = replace(span(1, 0, 17 * MS), name="Allocate")
+    assert (summary([allocate]).allocate, summary([allocate]).ended) == (0.017, False)
+    assert summary([allocate, replace(span(2, S, 2 * S, 1), name="release")]).ended
+    assert summary([replace(allocate, error="no route")]).allocate is None
+    assert summary([span(1, 0, S)]).allocate is None
 
 
 def test_a_span_without_a_duration_is_visible_on_the_axis() -> None:
