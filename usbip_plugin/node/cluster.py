@@ -13,7 +13,7 @@ from usbip_plugin.model import Lock
 from usbip_plugin.node.agent import Agent
 from usbip_plugin.node.products import Products
 from usbip_plugin.node.status import device_rows, seconds_held
-from usbip_plugin.observe.http import split_addresses
+from usbip_plugin.observe.listen import split_addresses
 from usbip_plugin.observe.status import ClusterReport, DeviceRow, LockRow, NodeRow, Report
 from usbip_plugin.sync import Steps
 
