@@ -34,6 +34,10 @@ class ConfigProblem(str):
         problem.message, problem.hint = text[:end], text[end:].removeprefix("; ")
         return problem
 
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        """Makes a copy, as dataclasses.asdict() makes one for the status page, the plain text."""
+        return str, (str(self),)
+
 
 def shown(text: str) -> str:
     """Returns a key or value for a message: cut at MAX_SHOWN, and without characters that control a terminal."""

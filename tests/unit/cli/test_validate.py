@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import socket
@@ -181,6 +182,12 @@ def test_a_hint_begins_after_the_message_and_not_in_a_quoted_value() -> None:
     ):
         problem = ConfigProblem("f", text, line=3, path="a.b")
         assert (problem, problem.message, problem.hint) == (f"f:3: a.b: {text}", message, hint)
+
+
+def test_a_copy_of_a_problem_is_its_text() -> None:
+    problem = ConfigProblem("f", "no such key; write another", line=3)
+    copied = copy.deepcopy(problem)
+    assert (type(copied), copied) == (str, "f:3: no such key; write another")
 
 
 def test_the_hook_of_pre_commit_is_a_command_of_this_program() -> None:
