@@ -88,7 +88,7 @@ attempt() {
 # tests_that COUNTED: the sum of what the closing lines of pytest say of all sections, such as `passed`
 tests_that() {
   local number total=0
-  for number in $(cat "$work"/*.log | grep -aE '(^|[|] )=+ .* in [0-9.]+s.* =+$' | grep -aoE "[0-9]+ $1" | cut -d' ' -f1); do
+  for number in $(cat "$work"/*.log 2>/dev/null | grep -aE '(^|[|] )=+ .* in [0-9.]+s.* =+$' | grep -aoE "[0-9]+ $1" | cut -d' ' -f1); do
     total=$((total + number))
   done
   echo "$total"
