@@ -19,7 +19,7 @@ RESOURCE = "usbip.dev/serial"
 
 
 def manifests(name: str, busid: str, **keys: object) -> list[Object]:
-    """Returns the manifests of base or modules with the guest's image and a configuration of one device.
+    """Returns the manifests of base, modules or exporter with the guest's image and a configuration of one device.
 
     keys: more keys of the resource, such as cdi=True. Other keys change the pod template, so the plugin is replaced.
     """

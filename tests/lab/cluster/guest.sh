@@ -50,6 +50,7 @@ pause_image
 image_disk "$state/pause.tar" "$image"
 kubectl kustomize "$root/deploy" >"$state/base.yaml"
 kubectl kustomize "$root/deploy/overlays/modules" >"$state/modules.yaml"
+kubectl kustomize "$root/deploy/overlays/exporter" >"$state/exporter.yaml"
 # two neighbours for etcd, one for the API server, so that several can run at a time
 read -r api_port etcd_port < <(python3 - <<'P'
 import socket
