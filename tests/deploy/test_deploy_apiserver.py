@@ -77,6 +77,19 @@ def test_the_api_server_accepts_every_object(tools: Tools, kubectl: Kubectl, var
         assert all(answer.endswith("(server dry run)") for answer in answers)
 
 
+@pytest.mark.usefixtures("installed", "foreign_kinds")
+def test_the_api_server_accepts_what_a_site_may_want(tools: Tools, kubectl: Kubectl) -> None:
+    objects = tools.chart("--values", str(Path(__file__).with_name("site-values.yaml")))
+    kubectl("apply", "--dry-run=server", "-f", "-", objects=list(objects.values()))
+    kubectl("apply", "-f", "-", objects=[found for found in objects.values() if found["kind"] == "ServiceAccount"])
+    template = objects["apps/v1", "DaemonSet", NAMESPACE, "usbip-plugin"]["spec"]["template"]
+    # the class itself is not installed
+    spec = {key: value for key, value in template["spec"].items() if key != "runtimeClassName"}
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "a", "namespace": NAMESPACE}, "spec": spec}
+    made = json.loads(kubectl("create", "--dry-run=server", "-o", "json", "-f", "-", objects=[pod]))
+    assert made["spec"]["hostAliases"] == [{"ip": "192.0.2.1", "hostnames": ["lab-pi.home"]}]
+
+
 @pytest.mark.usefixtures("installed")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_api_server_accepts_their_pods(tools: Tools, kubectl: Kubectl, variant: str) -> None:
