@@ -86,11 +86,16 @@ class BadRequest(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A request. path: decoded, without the query. host: the value of the Host header."""
+    """A request. path: decoded, without the query. host: the value of the Host header.
+
+    trusted_origin: whether a browser says that the page's site is one of this machine, or has TLS: it then sends
+        Sec-Fetch-Site, which no script can set. Behind `kubectl proxy`, the host is the API server's name.
+    """
 
     method: str
     path: str
     host: str
+    trusted_origin: bool = False
 
 
 _REQUEST_LINE = re.compile(r"([A-Z]{1,16}) (/[!-~]*) HTTP/1\.[01]")
@@ -107,13 +112,15 @@ def parse_request(head: bytes) -> Request:
     hosts = [header[2] for header in headers if header is not None and header[1].lower() == "host"]
     if len(hosts) != 1:
         raise BadRequest(f"expected one Host header, got {len(hosts)}")
-    return Request(request[1], unquote(request[2].partition("?")[0]), hosts[0])
+    trusted = any(header[1].lower() == "sec-fetch-site" for header in headers if header is not None)
+    return Request(request[1], unquote(request[2].partition("?")[0]), hosts[0], trusted)
 
 
 def is_served(host: str, names: Collection[str]) -> bool:
     """Returns whether a Host header has an address, localhost or one of these names.
 
-    A page of another site cannot read this one by letting its own name point here (DNS rebinding).
+    A page of another site cannot read this one by letting its own name point here (DNS rebinding). Such a site has no
+    TLS, because this server has none, so that a browser sends no Sec-Fetch-Site: see Request.
     """
     bare = re.sub(r":[0-9]*$", "", host)
     if bare.startswith("[") and bare.endswith("]"):
@@ -280,7 +287,7 @@ class HttpServer:
             await asyncio.get_running_loop().sock_sendall(sock, view[start : start + PIECE_BYTES])
 
     async def _answer(self, request: Request) -> Answer:
-        if not is_served(request.host, self._names):
+        if not request.trusted_origin and not is_served(request.host, self._names):
             text = f"no page by this host name; use an address, or one of: {', '.join(('localhost', *self._names))}\n"
             return Answer(text.encode(), status=HTTPStatus.MISDIRECTED_REQUEST)
         page = self._find(request.path)

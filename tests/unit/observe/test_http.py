@@ -406,6 +406,17 @@ async def test_a_page_is_not_sent_for_the_name_of_another_site() -> None:
         assert (answer.status, "localhost, node-a" in await answer.text()) == (421, True)
 
 
+async def test_a_page_is_sent_through_a_proxy_on_the_visitors_machine_that_has_another_name() -> None:
+    """A browser sends Sec-Fetch-Site to sites of its own machine and to those with TLS. Behind both stands a proxy."""
+    headers = {"Host": "api.cluster.example:6443", "Sec-Fetch-Site": "same-origin"}
+    async with (
+        running({"/": lambda: Answer(b"page")}) as server,
+        aiohttp.ClientSession() as http,
+        http.get(f"http://127.0.0.1:{server.port}/", headers=headers) as answer,
+    ):
+        assert (answer.status, await answer.text()) == (200, "page")
+
+
 @pytest.mark.parametrize(
     ("addresses", "peers"),
     [
