@@ -54,11 +54,12 @@ sim: $(VENV)/.test ## whole clusters under drawn faults in virtual time: SEEDS o
 sim-moments: $(VENV)/.test ## the same with one fault at each single step of an Allocate, a release, a re-attach, a takeover
 	$(BIN)/python -m tests.simulation.sim --moments $(ARGS)
 
-test-page: $(VENV)/.test ## the status page in a real browser (Chromium)
+test-page: $(VENV)/.page ## the status page in a real browser (Chromium)
 	$(PYTEST) tests/page $(ARGS)
 
-screenshot: $(VENV)/.test ## docs/status-page.png: the status page of a node on which much has happened (Chromium)
+screenshot: $(VENV)/.page ## docs/*.png: the status page of a node on which much has happened, and of its cluster (Chromium)
 	$(BIN)/python -m tests.page.screenshot docs/status-page.png $(ARGS)
+	$(BIN)/python -m tests.page.screenshot docs/status-page-cluster.png cluster $(ARGS)
 
 docs: $(VENV)/.runtime ## write what is generated in docs/reference and the chart from the code
 	$(BIN)/python docs/generate.py
@@ -165,7 +166,7 @@ proto: $(VENV)/.test ## write the gRPC stubs anew from proto/
 
 constraints: ## write constraints.txt and the image's locks anew: the newest versions that pyproject.toml lets in
 	@set -e; new=$$(mktemp -d); trap 'rm -rf "$$new"' EXIT; \
-	$(BIN)/python -m venv "$$new" >/dev/null && "$$new/bin/pip" --disable-pip-version-check --quiet install --upgrade pip setuptools '.[test,fuzz]'; \
+	$(BIN)/python -m venv "$$new" >/dev/null && "$$new/bin/pip" --disable-pip-version-check --quiet install --upgrade pip setuptools '.[test,fuzz,page]'; \
 	{ grep '^#' constraints.txt; "$$new/bin/pip" freeze --all | grep -v '^usbip-plugin ' | LC_ALL=C sort -f; } >constraints.new; mv constraints.new constraints.txt; \
 	"$$new/bin/pip" --disable-pip-version-check --quiet install uv; \
 	lock() { "$$new/bin/uv" pip compile --quiet --no-header --no-annotate --generate-hashes --universal --python-version 3.11 \
@@ -212,4 +213,9 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/.fuzz: $(VENV)/.test
 	@echo "installing atheris"
 	@$(INSTALL) -e '.[fuzz]'
+	@touch $@
+
+$(VENV)/.page: $(VENV)/.test
+	@echo "installing Playwright and axe"
+	@$(INSTALL) -e '.[page]'
 	@touch $@

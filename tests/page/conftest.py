@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 
 from tests.page import browser
-from tests.page.browser import Browser
+from tests.page.browser import Chromium
 from tests.page.page_rig import Watched, watched
 
 
 @pytest.fixture
-async def chromium(tmp_path: Path) -> AsyncIterator[Browser]:
-    async with browser.running(tmp_path) as made:
+async def chromium() -> AsyncIterator[Chromium]:
+    async with browser.running() as made:
         yield made
 
 

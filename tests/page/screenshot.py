@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import sys
-import tempfile
 from pathlib import Path
 
 from tests.page import browser
 from tests.page.page_rig import busy_day, watched
 
-WIDTH, HEIGHT, PHONE = 1200, 960, 600
+WIDTH, HEIGHT, CLUSTER_HEIGHT, PHONE = 1200, 1000, 880, 600
 
 
 async def main(target: Path, *options: str) -> None:
-    with tempfile.TemporaryDirectory(prefix="page-") as directory:
-        async with watched() as rig, browser.running(Path(directory)) as chromium:
-            await busy_day(rig)
-            if "broken" in options:
-                rig.break_config()
-            tab = await chromium.tab()
-            width = next((int(option) for option in options if option.isdecimal()), WIDTH)
-            await tab.size(width, HEIGHT, phone=width < PHONE)
-            await tab.dark(on="dark" in options)
-            await tab.open(rig.url + ("cluster" if "cluster" in options else ""))
-            picture = await tab.screenshot(whole="whole" in options)
-            assert not tab.messages, tab.messages
-            await asyncio.to_thread(target.write_bytes, picture)
+    async with watched() as rig, browser.running() as chromium:
+        await busy_day(rig)
+        if "broken" in options:
+            rig.break_config()
+        width = next((int(option) for option in options if option.isdecimal()), WIDTH)
+        tab = await chromium.tab(phone=width < PHONE)
+        await tab.size(width, CLUSTER_HEIGHT if "cluster" in options else HEIGHT)
+        await tab.dark(on="dark" in options)
+        await tab.open(rig.url + ("cluster" if "cluster" in options else ""))
+        await tab.page.screenshot(path=target, full_page="whole" in options)
+        assert not tab.messages, tab.messages
 
 
 if __name__ == "__main__":
