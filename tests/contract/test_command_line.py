@@ -17,10 +17,10 @@ import yaml
 
 from tests.rigs.command_rig import LIMIT_S, LOOPBACKS, Terminal, process_restored
 from tests.rigs.fake_api import NAMESPACE, FakeApi, serving
-from usbip_plugin.cli import completion
+from usbip_plugin.cli import completion, list_commands
 from usbip_plugin.cli.completion import kubectl as kubectl_complete
 from usbip_plugin.cli.main import kubectl, main
-from usbip_plugin.cli.parser import DEFAULT_CONFIG_MAP, KUBECTL, Exit
+from usbip_plugin.cli.parser import DEFAULT_CONFIG_MAP, KUBECTL, Exit, parser
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.locks.record import LOCK_LABELS, SESSION_LABELS, Lease, session_name
 from usbip_plugin.model import DeviceKey, ServerKey, UsbId
@@ -74,6 +74,38 @@ class Cluster:
         target = f'{{host: "{self.server.key.host}", port: {self.server.key.port}}}'
         return f'resources: {{stick: [{{target: {target}, selector: {{vendor: "0951"}}}}]}}\n'
 
+    def configure(self) -> None:
+        """Creates the ConfigMap, and a node that offers both sticks and runs the plugin."""
+        self.api.objects |= {
+            f"{CONFIG_MAPS}/{DEFAULT_CONFIG_MAP}": {"data": {"config.yaml": self.config}},
+            "/api/v1/nodes/node-a": {
+                "metadata": {"name": "node-a"},
+                "spec": {},
+                "status": {
+                    "conditions": [{"type": "Ready", "status": "True"}],
+                    "allocatable": {"cpu": "4", "usbip.dev/stick": "2"},
+                    "capacity": {"cpu": "4", "usbip.dev/stick": "2"},
+                },
+            },
+            f"/api/v1/namespaces/{NAMESPACE}/pods/usbip-plugin-x": {
+                "metadata": {"name": "usbip-plugin-x", "labels": {"app.kubernetes.io/name": "usbip-plugin"}},
+                "spec": {
+                    "nodeName": "node-a",
+                    "containers": [
+                        {
+                            "name": "plugin",
+                            "image": "registry:5000/usbip-plugin:0.1.0",
+                            "ports": [{"name": "http", "containerPort": 13240}],
+                        }
+                    ],
+                },
+                "status": {
+                    "conditions": [{"type": "Ready", "status": "True"}],
+                    "containerStatuses": [{"restartCount": 2}],
+                },
+            },
+        }
+
     def lock(self, key: DeviceKey, holder: str = "", **notes: str) -> Lease:
         now = datetime.now(UTC)
         annotations = {"server": str(key.server), "busid": key.busid, "usb-id": "0951:1666"} | notes
@@ -117,6 +149,7 @@ def terminal(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> Terminal:
 
 @pytest.mark.parametrize("cluster", LOOPBACKS, indirect=True)
 async def test_devices_prints_every_output_format(cluster: Cluster, terminal: Terminal) -> None:
+    cluster.configure()
     cluster.leases.create(cluster.lock(cluster.free))
     ran = await terminal.run("devices", "-o", "json")
     assert (ran.status, ran.err) == (Exit.DONE, "")
@@ -127,8 +160,131 @@ async def test_devices_prints_every_output_format(cluster: Cluster, terminal: Te
     assert yaml.safe_load((await terminal.run("devices", "-o", "yaml")).out) == list(rows.values())
     assert set((await terminal.run("devices", "-o", "name")).out.split()) == {cluster.held.id, cluster.free.id}
     table = (await terminal.run("devices")).out
-    assert table.split("\n")[0].split() == ["DEVICE", "STATE", "HOLDER", "POD", "AGE", "REASON"]
+    assert table.split("\n")[0].split() == ["DEVICE", "RESOURCE", "STATE", "HOLDER", "POD", "AGE", "REASON"]
     assert "\x1b" not in table
+    assert (await terminal.run("devices", "--no-headers")).out == table.partition("\n")[2]
+
+
+async def test_devices_lists_what_was_never_locked_and_filters(cluster: Cluster, terminal: Terminal) -> None:
+    cluster.configure()
+    rows = {row["device"]: row for row in json.loads((await terminal.run("devices", "-o", "json")).out)}
+    assert {device: row["state"] for device, row in rows.items()} == {
+        str(cluster.held): "held",
+        str(cluster.free): "free",
+    }
+    assert {tuple(row["resources"]) for row in rows.values()} == {("usbip.dev/stick",)}
+
+    async def names(*arguments: str) -> list[str]:
+        return (await terminal.run("devices", "-o", "name", *arguments)).out.split()
+
+    assert await names("1-2") == [cluster.free.id]
+    assert await names("--node", "node-a") == [cluster.held.id]
+    assert await names("--resource", "camera") == []
+    ran = await terminal.run("devices", "no-such-device")
+    assert (ran.status, "no device is called" in ran.err) == (Exit.NO_DEVICE, True)
+    ran = await terminal.run("devices", "--server", "elsewhere")
+    assert (ran.status, ran.out, ran.err) == (Exit.DONE, "", "no device matches\n")
+
+
+@pytest.mark.parametrize(
+    ("right", "said", "states"),
+    [
+        ("get configmaps", "ConfigMap usbip-system/usbip-plugin cannot be read", ["held", "unknown"]),
+        ("list nodes", "nodes cannot be read: ", ["free", "held"]),
+        ("list leases", "Leases cannot be read: ", ["free"]),
+        ("list pods", "the plugin's pods cannot be read: ", ["free", "held"]),
+    ],
+)
+async def test_devices_shows_what_can_be_read_and_says_what_cannot(
+    cluster: Cluster, terminal: Terminal, right: str, said: str, states: list[str]
+) -> None:
+    cluster.configure()
+    cluster.api.refused[right] = 403
+    ran = await terminal.run("devices", "-o", "json")
+    assert (ran.status, said in ran.err) == (Exit.DONE, True)
+    assert sorted(row["state"] for row in json.loads(ran.out)) == states
+
+
+async def test_devices_of_a_server_that_does_not_answer_here_are_listed(cluster: Cluster, terminal: Terminal) -> None:
+    cluster.configure()
+    cluster.leases.create(cluster.lock(cluster.free))
+    await cluster.server.stop()
+    rows = json.loads((await terminal.run("devices", "-o", "json", "1-2")).out)
+    assert [row["state"] for row in rows] == ["free"]
+    assert rows[0]["reason"].startswith("its resource is offered by 1 node; from here: USB/IP server ")
+
+
+async def test_watch_shows_each_device_that_changes(
+    cluster: Cluster, terminal: Terminal, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cluster.configure()
+    cluster.leases.create(cluster.lock(cluster.free))
+    arguments = ["devices", "--watch", "-o", "json", "--kubeconfig", str(cluster.kubeconfig)]
+    watching = asyncio.create_task(list_commands.devices(parser().parse_args(arguments)))
+    out = ""
+
+    async def shown(count: int) -> list[dict[str, object]]:
+        nonlocal out
+        while out.count("\n") < count:
+            out += capsys.readouterr().out
+            await asyncio.sleep(0)
+        return [json.loads(line) for line in out.splitlines()]
+
+    async with asyncio.timeout(LIMIT_S):
+        assert {row["state"] for row in await shown(2)} == {"held", "free"}
+        await cluster.api.until(lambda: "watch leases" in cluster.api.rights_used())
+        before = cluster.leases.leases[cluster.free.id]
+        cluster.leases.replace(replace(before, holder="node-b"))
+        last = (await shown(3))[-1]
+    assert (last["id"], last["holder"]) == (cluster.free.id, "node-b")
+    watching.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await watching
+
+
+async def test_nodes_lists_the_plugin_and_devices_of_each_node(cluster: Cluster, terminal: Terminal) -> None:
+    cluster.configure()
+    ran = await terminal.run("nodes")
+    head, node = ran.out.splitlines()
+    assert head.split() == ["NODE", "STATE", "VERSION", "MODULE", "OFFERED", "HELD", "PLUGIN"]
+    assert node.split() == ["node-a", "ready", "0.1.0", "-", "2", "1", "usbip-plugin-x"]
+    assert (ran.status, ran.err.startswith("1 of 1 status pages cannot be read: ")) == (Exit.DONE, True)
+    page = f"/api/v1/namespaces/{NAMESPACE}/pods/http:usbip-plugin-x:13240/proxy/api/status"
+    cluster.api.objects[page] = {"devices": [{"reason_code": "no_driver"}], "not_ready": ["vhci_hcd is not loaded"]}
+    ran = await terminal.run("nodes", "-o", "json")
+    assert (ran.err, json.loads(ran.out)) == (
+        "",
+        [
+            {
+                "node": "node-a",
+                "state": "ready",
+                "version": "0.1.0",
+                "module": "missing",
+                "offered": 2,
+                "held": 1,
+                "plugin": "usbip-plugin-x",
+                "restarts": 2,
+                "node_ready": "yes",
+                "problem": "vhci_hcd is not loaded",
+            }
+        ],
+    )
+    cluster.api.refused["get pods/proxy"] = 403
+    ran = await terminal.run("nodes", "-o", "name")
+    assert (ran.out, "they need the right get pods/proxy" in ran.err) == ("node-a\n", True)
+
+
+async def test_servers_lists_what_each_server_answers(cluster: Cluster, terminal: Terminal) -> None:
+    cluster.configure()
+    ran = await terminal.run("servers", "-o", "json")
+    assert (ran.status, ran.err) == (Exit.DONE, "")
+    (row,) = json.loads(ran.out)
+    assert [row[key] for key in ("server", "reachable", "listed", "selected", "held")] == [
+        *(str(cluster.server.key), "yes", 1, 1, 1)
+    ]
+    await cluster.server.stop()
+    (row,) = json.loads((await terminal.run("servers", "-o", "json")).out)
+    assert (row["reachable"], row["listed"], "refused" in row["problem"]) == ("no", None, True)
 
 
 async def test_the_namespace_comes_from_the_flag_then_the_variable_then_the_pod(
@@ -137,7 +293,7 @@ async def test_the_namespace_comes_from_the_flag_then_the_variable_then_the_pod(
     async def requested(*flags: str) -> str:
         cluster.api.requests.clear()
         await terminal.run("devices", *flags)
-        (namespace,) = {request.namespace for request in cluster.api.requests}
+        (namespace,) = {request.namespace for request in cluster.api.requests if request.resource != "nodes"}
         return namespace
 
     assert await requested() == "usbip-system"
@@ -435,7 +591,7 @@ async def test_the_exit_status_distinguishes_api_errors(
 ) -> None:
     cluster.api.refused |= refused
     ran = await terminal.run("devices")
-    assert (ran.status, bool(ran.err)) == (status, bool(refused))
+    assert ran.status == status
     assert message in ran.err
 
 

@@ -100,7 +100,7 @@ async def test_the_commands_read_the_cluster_the_servers_and_a_file(
     notes = {"usbip.dev/server": str(key.server), "usbip.dev/busid": key.busid}
     api.leases[NAMESPACE].create(Lease(key.id, "", 3600, now, now, 1, notes, LOCK_LABELS))
     flags = ("--kubeconfig", str(kubeconfig))
-    status, out, err = await ran(system, tree, "devices", *flags)
+    status, out, err = await ran(system, tree, "devices", "--config", str(config), *flags)
     assert (status, err) == (Exit.DONE, "")
     assert str(key) in out
     status, out, err = await ran(system, tree, "explain", key.id, "--config", str(config), *flags)

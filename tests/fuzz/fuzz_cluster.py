@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 
 from tests.fuzz.fuzz_target import Target, attempt, drive, fit_to_raise, fit_to_show
 from usbip_plugin.attach.adopt import decide_adoption
-from usbip_plugin.cli import devices
+from usbip_plugin.cli import devices, survey, tables
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.errors import KubeError, KubeThrottled, LockError, PluginError, UnknownDevice
 from usbip_plugin.kube import responses
@@ -106,8 +106,8 @@ class _OneLease:
 def show(lease: Lease) -> None:
     """Checks the bounds of `usbip-plugin devices`, as a table and as JSON."""
     known = drive(locked_devices.known_devices(_OneLease(lease)))  # type: ignore[arg-type] # only list() is called
-    rows = devices.rows(known, datetime(2026, 1, 1, tzinfo=UTC))
-    for line in devices.table(rows, devices.WIDE).splitlines():
+    rows = devices.rows(survey.Survey(known, {}, None, "usbip.dev", datetime(2026, 1, 1, tzinfo=UTC)))
+    for line in tables.table(rows, devices.COLUMNS.wide).splitlines():
         fit_to_show(line, 2048)
     assert len(json.dumps(rows)) <= 8192
 

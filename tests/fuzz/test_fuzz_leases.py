@@ -21,7 +21,9 @@ from tests.fuzz.brief import brief
 from tests.fuzz.fuzz_cluster import _lease_seed, apply_rules, lease_object
 from tests.fuzz.fuzz_target import fit_to_raise, fit_to_show
 from usbip_plugin.attach.events import DeviceEvent, EventKind, events_of
-from usbip_plugin.cli.devices import WIDE, rows, table
+from usbip_plugin.cli.devices import COLUMNS, rows
+from usbip_plugin.cli.survey import Survey
+from usbip_plugin.cli.tables import table
 from usbip_plugin.config.schema import Config, DeviceSelector
 from usbip_plugin.errors import KubeConflict, KubeNotFound, KubeServerError, LockHeld, LockUnavailable
 from usbip_plugin.inventory.health import health
@@ -379,7 +381,8 @@ async def check_texts(manager: LockManager, api: RawApi) -> None:
         assert len(event["note"].encode()) <= 1024
         assert len(json.dumps(event)) <= 8192
     devices = await known_devices(KubernetesLeases(api, "ns"))  # type: ignore[arg-type]
-    text = table(rows(devices, datetime(2030, 1, 1, tzinfo=UTC)), WIDE)
+    survey = Survey(devices, {}, None, "usbip.dev", datetime(2030, 1, 1, tzinfo=UTC))
+    text = table(rows(survey), COLUMNS.wide)
     for line in text.splitlines():
         fit_to_show(line, 2048)
 

@@ -36,7 +36,7 @@ SILENT = 0
 _TIME = "%Y-%m-%dT%H:%M:%S.%fZ"
 _PATH = re.compile(
     r"/api(?:s/(?P<group>[^/]+))?/v[^/]+(?:/namespaces/(?P<namespace>[^/]+))?"
-    r"/(?P<resource>[a-z]+)(?:/(?P<name>[^/]+))?(?:/(?P<sub>[^/]+))?"
+    r"/(?P<resource>[a-z]+)(?:/(?P<name>[^/]+))?(?:/(?P<sub>[^/]+)(?:/.*)?)?"
 )
 _VERBS = {"POST": "create", "PUT": "update", "PATCH": "patch", "DELETE": "delete"}
 _STATUS = {KubeNotFound: 404, KubeConflict: 409, KubeGone: 410}
@@ -316,7 +316,7 @@ def _listed(call: ApiRequest, path: str, found: Mapping[str, Any]) -> bool:
     """Whether an object is in the collection and matches its label and node selectors."""
     of = _PATH.fullmatch(path)
     assert of is not None, path
-    if of["resource"] != call.resource or call.namespace not in ("", of["namespace"]):
+    if of["resource"] != call.resource or of["sub"] or call.namespace not in ("", of["namespace"]):
         return False
     labels = found["metadata"].get("labels", {})
     wanted = [pair.split("=") for pair in call.params.get("labelSelector", "").split(",") if pair]

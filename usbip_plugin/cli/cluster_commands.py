@@ -1,4 +1,4 @@
-"""The commands for the whole cluster: devices, explain, release, prune."""
+"""The commands about one device or the Leases: explain, release, prune."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import dataclasses
 import sys
 from collections.abc import AsyncIterator
 
-from usbip_plugin.cli.devices import paint, rows, show_devices, structured, wants_colour
 from usbip_plugin.cli.explain import DeviceDetails, render
 from usbip_plugin.cli.explain import explain as explanation_of
 from usbip_plugin.cli.lookup import DEVLIST_TIMEOUT_S, DeviceLookup, find_config, mapping
@@ -19,6 +18,7 @@ from usbip_plugin.cli.prune import prune as remove
 from usbip_plugin.cli.prune import removable, summary
 from usbip_plugin.cli.release import impact, refusal
 from usbip_plugin.cli.release import release as carry_out
+from usbip_plugin.cli.tables import paint, structured, wants_colour
 from usbip_plugin.clock import Clock, SystemClock
 from usbip_plugin.config.schema import DEFAULT_DOMAIN
 from usbip_plugin.errors import PluginError, PruneRefused, ReleaseRefused, UsbipError
@@ -37,12 +37,6 @@ async def read_devices(options: argparse.Namespace) -> tuple[LockedDevice, ...]:
         return await known_devices(KubernetesLeases(kube, namespace_of(options.namespace)))
     finally:
         await kube.close()
-
-
-async def devices(options: argparse.Namespace) -> int:
-    """Carries out `usbip-plugin devices`."""
-    show_devices(rows(await read_devices(options), SystemClock().now()), options.output)
-    return Exit.DONE
 
 
 async def explain(options: argparse.Namespace) -> int:

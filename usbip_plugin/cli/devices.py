@@ -1,142 +1,240 @@
-"""The rows of `usbip-plugin devices`, one for each device, and their output as a table, JSON or YAML."""
+"""The rows of `usbip-plugin devices`, one for each device of a survey. Pure."""
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, TextIO
 
+from usbip_plugin.cli.explain import Listing, Offer
+from usbip_plugin.cli.lookup import NamedDevice, named
+from usbip_plugin.cli.survey import Survey, UnmatchedSelector
+from usbip_plugin.cli.tables import Columns, Row, age, stamp
+from usbip_plugin.errors import NoSuchDevice
 from usbip_plugin.locks.locked_devices import LockedDevice, last_sign, silent
-from usbip_plugin.model import Reason
+from usbip_plugin.model import DeviceKey, Lock, Reason
 
-COLUMNS = ("device", "state", "holder", "pod", "age", "reason")
-WIDE = (*COLUMNS, "since", "epoch", "id", "usb_id", "serial", "port")
+COLUMNS = Columns(
+    table=("device", "resources", "state", "holder", "pod", "age", "reason"),
+    wide=(
+        *("device", "resources", "state", "holder", "pod", "age", "reason"),
+        *("since", "epoch", "id", "usb_id", "serial", "port"),
+    ),
+    name="id",
+)
+Verdict = tuple[str, Reason, str]
+"""A device's state, the reason as the plugin's own code, and the reason as a sentence.
 
-Row = Mapping[str, str | int | None]
-"""The output of `devices` for one device, by key. The keys are stable."""
+The states: "held", "silent" (the holder is), "free", "unavailable", and "unknown" (as far as this machine can see).
+"""
+Offered = Mapping[str, int] | None
+"""The number of nodes that offer a resource now, by its full name; None if the nodes could not be read."""
 
 
-def reason(known: LockedDevice, now: datetime) -> tuple[Reason, str]:
-    """Returns why the device is available or not, from its Leases alone: the holder's reason, and a sentence."""
-    lock = known.lock
-    if not lock.holder:
-        return Reason.FREE, "no holder"
+def rows(survey: Survey, nodes: Offered = None, *, locks_read: bool = True) -> list[Row]:
+    """Returns a row for each device that is known, and for each selector or resource without a known device.
+
+    locks_read: whether the Leases could be read. Without them nobody knows which devices are in use.
+    """
+    keys = survey.keys()
+    found = [_row(survey, device_id, keys.get(device_id), nodes, locks_read) for device_id in {*keys, *survey.locks}]
+    seen = {*keys}
+    for selector in survey.unmatched(keys):
+        for key in selector.keys or (None,):
+            if key is None or key.id not in seen:
+                found.append(_unmatched_row(survey, selector, key, nodes))
+                seen |= {key.id} if key is not None else set()
+    named_resources = {name for row in found for name in _texts(row["resources"])}
+    found += [_resource_row(name, count) for name, count in (nodes or {}).items() if name not in named_resources]
+    return sorted(
+        found, key=lambda row: (row["device"] is None, str(row["device"]), str(row["id"]), str(row["reason"]))
+    )
+
+
+def select(
+    rows: Sequence[Row],
+    names: Sequence[str] = (),
+    *,
+    resource: str | None = None,
+    node: str | None = None,
+    server: str | None = None,
+    missing_ok: bool = False,
+) -> list[Row]:
+    """Returns the rows of the devices that have one of the names, a resource, a holder and a server.
+
+    names: as explain has them; all devices that a name may mean. A resource may lack its domain, a server its port.
+    Raises NoSuchDevice if a name means no device, unless missing_ok.
+    """
+    kept = [
+        row
+        for row in rows
+        if (node is None or row["holder"] == node)
+        and (server is None or server in (row["server"], str(row["server"]).rpartition(":")[0].strip("[]")))
+        and (resource is None or any(resource in (name, _short(name)) for name in _texts(row["resources"])))
+    ]
+    if not names:
+        return kept
+    candidates = {str(row["id"]): _named(row) for row in kept if row["id"] is not None}
+    chosen: set[str] = set()
+    for name in names:
+        found = named(name, list(candidates.values()))
+        if not found and not missing_ok:
+            raise NoSuchDevice(name, len(candidates))
+        chosen |= {device.id for device in found}
+    return [row for row in kept if row["id"] in chosen]
+
+
+def changes(before: Sequence[Row], after: Sequence[Row]) -> list[Row]:
+    """Returns the rows that are new or differ in more than their age and heartbeat."""
+    known = {(row["device"], row["id"], str(row["resources"])): _lasting(row) for row in before}
+    return [row for row in after if known.get((row["device"], row["id"], str(row["resources"]))) != _lasting(row)]
+
+
+def held_verdict(known: LockedDevice, now: datetime) -> Verdict:
+    """Returns the state of a device whose lock has a holder."""
     if silent(known, now):
         sign = last_sign(known)
         since = f" since {stamp(sign)}" if sign is not None else ""
-        return Reason.HOLDER_EXPIRED, f"holder silent{since}; can be taken over"
-    if lock.port is None:
-        return Reason.IN_PROGRESS, "being attached or detached"
-    return Reason.ATTACHED, "in use"
+        return "silent", Reason.HOLDER_EXPIRED, f"holder silent{since}; can be taken over"
+    if known.lock.port is None:
+        return "held", Reason.IN_PROGRESS, "being attached or detached"
+    return "held", Reason.ATTACHED, "in use"
 
 
-def stamp(moment: datetime) -> str:
-    """Returns a moment in UTC as the Kubernetes API writes it: 2026-05-04T03:02:01Z."""
-    return f"{moment:%Y-%m-%dT%H:%M:%SZ}"
+def _free_verdict(
+    survey: Survey, key: DeviceKey, lock: Lock | None, offers: tuple[Offer, ...] | None, nodes: Offered
+) -> Verdict:
+    """Returns the state of a device that no node holds."""
+    answer = survey.answer(key)
+    names = [offer.resource for offer in offers or ()]
+    match answer.listing:
+        case Listing.UNREACHABLE | Listing.NOT_ASKED:
+            return _unasked_verdict(answer.error, names, nodes)
+        case Listing.UNLISTED:
+            return "unavailable", Reason.NOT_LISTED, answer.error or "not exported by its server"
+        case Listing.HUB:
+            return "unavailable", Reason.NOT_LISTED, "a USB hub, which USB/IP cannot carry"
+    if offers == ():
+        return "unavailable", Reason.NOT_CONFIGURED, "no resource selects it"
+    if lock is not None and survey.twins(key, lock):
+        return "unavailable", Reason.AMBIGUOUS, "duplicate serial number"
+    if offers and not any(offer.certain for offer in offers):
+        return "unknown", Reason.NOT_READ, "serial number or interfaces not read yet"
+    if names and nodes is not None and not any(nodes.get(name) for name in names):
+        return "unavailable", Reason.UNKNOWN, "no node offers it; run `nodes` for the cause"
+    if lock is not None and lock.failed_epoch is not None:
+        return "free", Reason.ALLOCATES_FAILED, "available, but the last Allocate failed"
+    return "free", Reason.FREE, "available"
 
 
-def ago(now: datetime, then: datetime) -> str:
-    """Returns how long ago a moment was, such as "3m ago"; "just now" if it is in the future by this clock."""
-    return f"{age((now - then).total_seconds())} ago" if now > then else "just now"
+def _unasked_verdict(error: str, names: Sequence[str], nodes: Offered) -> Verdict:
+    """Returns the state of a device whose server did not answer this machine: what the nodes say."""
+    cause = error or "its lock does not name its server"
+    if nodes is not None and (count := max((nodes.get(name, 0) for name in names), default=0)):
+        return "free", Reason.FREE, f"its resource is offered by {_nodes(count)}; from here: {cause}"
+    return "unknown", Reason.SERVER_UNREACHABLE if error else Reason.UNKNOWN, cause
 
 
-def age(seconds: float) -> str:
-    """Returns a number of seconds in the largest unit that fits, rounded down: "42s", "3m", "5h", "2d"."""
-    for limit, unit, divisor in ((120, "s", 1), (7200, "m", 60), (172_800, "h", 3600)):
-        if seconds < limit:
-            return f"{int(max(0.0, seconds) // divisor)}{unit}"
-    return f"{int(seconds // 86_400)}d"
-
-
-def rows(devices: Sequence[LockedDevice], now: datetime) -> list[Row]:
-    return [_row(known, now) for known in devices]
-
-
-def _row(known: LockedDevice, now: datetime) -> Row:
-    lock = known.lock
-    sign = last_sign(known) if lock.holder else None
-    code, sentence = reason(known, now)
-    return {
-        "device": known.device,
-        "id": lock.device_id,
-        "server": lock.server,
-        "busid": lock.busid,
-        "usb_id": str(lock.usb_id) if lock.usb_id is not None else None,
-        "serial": lock.serial or None,
-        "state": "free" if not lock.holder else "silent" if code is Reason.HOLDER_EXPIRED else "held",
-        "holder": lock.holder or None,
-        "pod": str(lock.pod) if lock.holder and lock.pod is not None else None,
-        "port": lock.port if lock.holder else None,
-        "since": stamp(lock.acquired_at) if lock.holder and lock.acquired_at else None,
-        "age": age((now - lock.acquired_at).total_seconds()) if lock.holder and lock.acquired_at else None,
-        "last_sign": stamp(sign) if sign is not None else None,
-        "epoch": lock.epoch,
-        "reason": sentence,
-        "reason_code": code.code,
-        "in_place_of": lock.in_place_of if lock.holder else None,
+def _row(survey: Survey, device_id: str, key: DeviceKey | None, nodes: Offered, locks_read: bool) -> Row:
+    known = survey.locks.get(device_id)
+    lock = known.lock if known is not None else None
+    offers = survey.offers(key, lock) if key is not None else ()
+    if known is not None and known.lock.holder:
+        verdict = held_verdict(known, survey.now)
+    elif key is None:
+        verdict = "unknown", Reason.UNKNOWN, "its lock does not name its server and bus ID"
+    else:
+        verdict = _free_verdict(survey, key, lock, offers, nodes)
+        if not locks_read and verdict[0] == "unavailable":
+            verdict = "unknown", verdict[1], f"{verdict[2]}, or in use: its lock cannot be read"
+    listed = survey.listed(key) if key is not None else None
+    usb_id = lock.usb_id if lock is not None and lock.usb_id is not None else listed.usb_id if listed else None
+    return _columns(survey, key, known, verdict, [offer.resource for offer in offers or ()]) | {
+        "device": str(key) if key is not None else known.device if known is not None else None,
+        "id": device_id,
+        "usb_id": str(usb_id) if usb_id is not None else None,
     }
 
 
-COLOURS = {"free": "32", "held": "33", "silent": "31"}
-"""The SGR parameter (ECMA-48) for each state."""
-MIN_REASON = 10
-"""Characters of the last column that a table keeps, however narrow the terminal is."""
+def _columns(
+    survey: Survey, key: DeviceKey | None, known: LockedDevice | None, verdict: Verdict, resources: list[str]
+) -> dict[str, str | int | list[str] | None]:
+    lock = known.lock if known is not None else None
+    held = lock if lock is not None and lock.holder else None
+    taken = held.acquired_at if held is not None else None
+    sign = last_sign(known) if held is not None and known is not None else None
+    state, code, sentence = verdict
+    return {
+        "device": None,
+        "id": None,
+        "server": str(key.server) if key is not None else lock.server if lock is not None else None,
+        "busid": key.busid if key is not None else lock.busid if lock is not None else None,
+        "usb_id": None,
+        "serial": (lock.serial or None) if lock is not None else None,
+        "resources": resources,
+        "state": state,
+        "holder": held.holder if held is not None else None,
+        "pod": str(held.pod) if held is not None and held.pod is not None else None,
+        "port": held.port if held is not None else None,
+        "since": stamp(taken) if taken is not None else None,
+        "age": age((survey.now - taken).total_seconds()) if taken is not None else None,
+        "last_sign": stamp(sign) if sign is not None else None,
+        "epoch": lock.epoch if lock is not None else None,
+        "reason": sentence,
+        "reason_code": code.code,
+        "in_place_of": held.in_place_of if held is not None else None,
+    }
 
 
-def wants_colour(stream: TextIO, environ: Mapping[str, str] = os.environ) -> bool:
-    """Returns whether the stream is a terminal with colours. NO_COLOR, set to anything, forbids them (no-color.org)."""
-    return stream.isatty() and not environ.get("NO_COLOR") and environ.get("TERM", "dumb") != "dumb"
-
-
-def paint(text: str, colour: str, *, on: bool) -> str:
-    return f"\x1b[{COLOURS[colour]}m{text}\x1b[0m" if on and colour in COLOURS else text
-
-
-def structured(value: Any, form: str) -> str:
-    """Returns a value as JSON or YAML text. form: "json" or "yaml"."""
-    if form == "json":
-        return json.dumps(value, indent=2)
-    import yaml  # noqa: PLC0415 - only here
-
-    return str(yaml.safe_dump(value, sort_keys=False, allow_unicode=False)).rstrip("\n")
-
-
-def table(
-    rows: Sequence[Row], columns: Sequence[str] = COLUMNS, *, colour: bool = False, width: int | None = None
-) -> str:
-    """Returns the table, with each column as wide as its widest cell, or a sentence if there are no rows.
-
-    width: characters of a line, which the last column is cut to fit; None for no limit.
-    """
-    if not rows:
-        return "No devices found. A device is listed after its first allocation."
-    cells = [[column.upper().replace("_", "-") for column in columns]]
-    cells += [["-" if row[column] is None else str(row[column]) for column in columns] for row in rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    room = max(MIN_REASON, width - sum(widths[:-1]) - 2 * (len(widths) - 1)) if width else widths[-1]
-    lines = []
-    for *line, last in cells:
-        padded = [text.ljust(size) for text, size in zip(line, widths[:-1], strict=True)]
-        painted = [paint(text, text.strip(), on=colour) for text in padded]
-        lines.append("  ".join([*painted, last if len(last) <= room else f"{last[: room - 3]}..."]).rstrip())
-    return "\n".join(lines)
-
-
-def show_devices(rows: Sequence[Row], form: str, out: TextIO | None = None) -> None:
-    """Writes the devices in one of parser.FORMATS. Cuts the table, but not the wide one, to the width of a terminal."""
-    out = out or sys.stdout
-    if form in ("json", "yaml"):
-        text = structured([dict(row) for row in rows], form)
-    elif form == "name":
-        text = "\n".join(str(row["id"]) for row in rows)
-    elif form == "wide":
-        text = table(rows, WIDE, colour=wants_colour(out))
+def _unmatched_row(survey: Survey, unmatched: UnmatchedSelector, key: DeviceKey | None, nodes: Offered) -> Row:
+    """Returns the row of a selector without a device, or of one device that it names by its bus ID."""
+    server, resource = unmatched.server, unmatched.resource
+    answer = survey.answers.get(server, "")
+    verdict: Verdict
+    if isinstance(answer, str):
+        verdict = _unasked_verdict(answer, [resource], nodes)
+    elif key is not None and (listed := survey.listed(key)) is not None:
+        verdict = "unavailable", Reason.LISTED_WRONG, f"its server lists {listed.usb_id} under this bus ID"
+    elif key is not None:
+        verdict = "unavailable", Reason.NOT_LISTED, "not exported by its server"
     else:
-        width = shutil.get_terminal_size().columns if out.isatty() else None
-        text = table(rows, colour=wants_colour(out), width=width)
-    if text:
-        print(text, file=out)
+        verdict = "unavailable", Reason.NOT_LISTED, f"its server lists no device with {unmatched.selector}"
+    named_by = {"device": str(key) if key is not None else f"{server}/?", "id": key.id if key is not None else None}
+    return _columns(survey, key, None, verdict, [resource]) | named_by | {"server": str(server)}
+
+
+def _resource_row(name: str, count: int) -> Row:
+    """Returns the row of a resource that nodes have, and whose devices are not known here."""
+    offered = f"offered by {_nodes(count)}; its devices are not known here"
+    reason = offered if count else "no node offers it; its devices are not known here"
+    keys = ("device", "id", "server", "busid", "usb_id", "serial")
+    more = ("holder", "pod", "port", "since", "age", "last_sign", "epoch")
+    return {
+        **dict.fromkeys(keys),
+        "resources": [name],
+        "state": "unknown",
+        **dict.fromkeys(more),
+        "reason": reason,
+        "reason_code": Reason.UNKNOWN.code,
+        "in_place_of": None,
+    }
+
+
+def _nodes(count: int) -> str:
+    return f"{count} node" if count == 1 else f"{count} nodes"
+
+
+def _short(resource: str) -> str:
+    return resource.rpartition("/")[2]
+
+
+def _texts(value: str | int | list[str] | None) -> list[str]:
+    return value if isinstance(value, list) else []
+
+
+def _named(row: Row) -> NamedDevice:
+    device, busid, serial = (None if row[key] is None else str(row[key]) for key in ("device", "busid", "serial"))
+    return NamedDevice(str(row["id"]), device, busid, serial, tuple(_texts(row["resources"])))
+
+
+def _lasting(row: Row) -> dict[str, object]:
+    return {key: value for key, value in row.items() if key not in ("age", "last_sign")}

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 
-from usbip_plugin.cli.devices import ago, stamp
 from usbip_plugin.cli.parser import PLUGIN_LABEL
+from usbip_plugin.cli.tables import ago, stamp
 from usbip_plugin.locks.locked_devices import LockedDevice, last_sign, silent
 from usbip_plugin.model import DeviceKey, Lock
 
@@ -75,10 +75,14 @@ class PluginStatus(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """A resource that selects the device: its full name, and its selector."""
+    """A resource that selects the device: its full name, and its selector.
+
+    certain: False if the selector compares a serial number or interfaces that have not been read yet.
+    """
 
     resource: str
     selector: str
+    certain: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,7 +61,7 @@ def export(options: argparse.Namespace) -> int:
 
 def exported(options: argparse.Namespace) -> int:
     """Carries out `usbip-plugin exported`. Raises CommandError if neither the exporter nor sysfs has an answer."""
-    from usbip_plugin.cli.devices import structured, table, wants_colour  # noqa: PLC0415
+    from usbip_plugin.cli.tables import structured, table, wants_colour  # noqa: PLC0415
 
     found = asyncio.run(_exported(options))
     if options.output != "table":
@@ -137,7 +137,7 @@ async def _read(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _age(since: object, now: datetime) -> str | None:
-    from usbip_plugin.cli.devices import age  # noqa: PLC0415
+    from usbip_plugin.cli.tables import age  # noqa: PLC0415
     from usbip_plugin.exporter.state import TIME  # noqa: PLC0415
 
     try:

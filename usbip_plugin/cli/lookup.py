@@ -10,33 +10,30 @@ import asyncio
 import contextlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from usbip_plugin.cli.explain import DeviceDetails, Listing, Offer, PluginStatus, PodStatus, ServerAnswer
+from usbip_plugin.cli.explain import DeviceDetails, PluginStatus, PodStatus
 from usbip_plugin.cli.parser import PLUGIN_LABEL
+from usbip_plugin.cli.survey import Survey
 from usbip_plugin.clock import Clock
 from usbip_plugin.config.parse import parse_config
 from usbip_plugin.config.reload import load_config
 from usbip_plugin.config.schema import DEFAULT_CONFIG_PATH, Config
-from usbip_plugin.config.selectors import Match, matches
 from usbip_plugin.errors import AmbiguousDevice, ConfigError, KubeError, KubeNotFound, NoSuchDevice, UsbipError
 from usbip_plugin.kube.client import Api
-from usbip_plugin.locks.locked_devices import LockedDevice, is_attached, known_devices
+from usbip_plugin.locks.locked_devices import known_devices
 from usbip_plugin.locks.record import LeaseStore
 from usbip_plugin.model import (
     DEFAULT_USBIP_PORT,
-    UNKNOWN_IDENTITY,
-    Descriptor,
     DeviceKey,
-    Lock,
     PodRef,
     ServerKey,
     canonical_host,
     valid_busid,
 )
-from usbip_plugin.usbip.client import DeviceList, UsbipClient, why_unlisted
+from usbip_plugin.usbip.client import DeviceList, UsbipClient
 
 MAX_SHOWN = 20
 """Devices that the error about an ambiguous name lists."""
@@ -69,13 +66,18 @@ class NamedDevice:
         return (self.id, *(name for name in given if name))
 
 
+def named(name: str, candidates: Sequence[NamedDevice]) -> list[NamedDevice]:
+    """Returns the devices with exactly that name, else those with a name that begins with it."""
+    exact = [one for one in candidates if name in one.names()]
+    return exact or [one for one in candidates if name and any(known.startswith(name) for known in one.names())]
+
+
 def resolve(name: str, candidates: Sequence[NamedDevice]) -> NamedDevice:
     """Returns the only device with exactly that name, else the only device with a name that begins with it.
 
     Raises NoSuchDevice if no device matches, AmbiguousDevice if several do, such as all devices of a resource.
     """
-    exact = [one for one in candidates if name in one.names()]
-    found = exact or [one for one in candidates if name and any(known.startswith(name) for known in one.names())]
+    found = named(name, candidates)
     if not found:
         raise NoSuchDevice(name, len(candidates))
     if len(found) > 1:
@@ -98,8 +100,6 @@ class DeviceLookup:
 
     namespace: the namespace of the Leases and of the plugin's pods.
     source: where the configuration is from, or why there is none.
-    known: the devices that have or had a lock; filled by about().
-    answers: the devices that each server listed, or why it did not answer; filled by about().
     """
 
     store: LeaseStore
@@ -110,8 +110,6 @@ class DeviceLookup:
     domain: str
     config: Config | None
     source: str
-    known: tuple[LockedDevice, ...] = ()
-    answers: dict[ServerKey, DeviceList | str] = field(default_factory=dict)
 
     async def about(self, name: str) -> DeviceDetails:
         """Returns everything about the device of that name. SERVER/BUSID may also name a device that is not known.
@@ -119,134 +117,51 @@ class DeviceLookup:
         Raises KubeError if the Leases cannot be read, NoSuchDevice or AmbiguousDevice if the name does not mean exactly
         one device.
         """
-        self.known = await known_devices(self.store)
-        if self.config is not None:
-            await self._ask(self.config.servers())
-        keys = self._keys()
+        known = await known_devices(self.store)
+        servers = self.config.servers() if self.config is not None else frozenset()
+        answers = await ask_servers(self.client, servers)
+        survey = Survey(known, answers, self.config, self.domain, self.clock.now())
+        keys = survey.keys()
         try:
-            chosen = resolve(name, self._candidates(keys)).id
+            chosen = resolve(name, self._candidates(survey, keys)).id
         except NoSuchDevice:
             key = named_key(name)
             if key is None:
                 raise
             keys[key.id], chosen = key, key.id
         key = keys.get(chosen)
-        known = next((one for one in self.known if one.lock.device_id == chosen), None)
-        if key is not None and key.server not in self.answers:
-            await self._ask(frozenset({key.server}))
-        lock = known.lock if known is not None else None
+        if key is not None and key.server not in answers:
+            answers |= await ask_servers(self.client, frozenset({key.server}))
+            survey = replace(survey, answers=answers)
+        lock = survey.lock(chosen)
         pod = lock.pod if lock is not None and lock.holder else None
         return DeviceDetails(
             device_id=chosen,
             key=key,
-            known=known,
-            offers=self._offers(key, lock) if key is not None else None,
+            known=survey.locks.get(chosen),
+            offers=survey.offers(key, lock) if key is not None else None,
             config_source=self.source,
-            server=self._answer(key),
+            server=survey.answer(key),
             pod=await self._pod(pod) if pod is not None else PodStatus.UNKNOWN,
             plugin=await self._plugin(lock.holder) if lock is not None and lock.holder else PluginStatus.UNKNOWN,
             namespace=self.namespace,
             now=self.clock.now(),
-            twins=self._twins(key, lock) if key is not None and lock is not None else (),
-            listed_in_use=self._listed_in_use(key.server) if key is not None else (),
+            twins=survey.twins(key, lock) if key is not None and lock is not None else (),
+            listed_in_use=survey.listed_in_use(key.server) if key is not None else (),
             held_for=str(keys.get(lock.in_place_of, lock.in_place_of)) if lock is not None and lock.in_place_of else "",
         )
 
-    async def _ask(self, servers: frozenset[ServerKey]) -> None:
-        async def ask(server: ServerKey) -> None:
-            try:
-                self.answers[server] = await self.client.devlist(server, timeout=DEVLIST_TIMEOUT_S)
-            except UsbipError as error:
-                self.answers[server] = str(error)
-
-        async with asyncio.TaskGroup() as tasks:
-            for server in sorted(servers):
-                tasks.create_task(ask(server))
-
-    def _keys(self) -> dict[str, DeviceKey]:
-        """Returns devices by ID: all that have or had a lock, and all that a server lists and a resource selects."""
-        keys = {key.id: key for known in self.known if (key := known.lock.key) is not None}
-        for server, answer in self.answers.items():
-            for descriptor in answer.devices if not isinstance(answer, str) else ():
-                key = DeviceKey(server, descriptor.busid)
-                if self._offers(key, None):
-                    keys.setdefault(key.id, key)
-        return keys
-
-    def _candidates(self, keys: Mapping[str, DeviceKey]) -> list[NamedDevice]:
-        locks = {known.lock.device_id: known.lock for known in self.known}
+    def _candidates(self, survey: Survey, keys: Mapping[str, DeviceKey]) -> list[NamedDevice]:
         found = []
-        for device_id in sorted({*keys, *locks}):
-            key, lock = keys.get(device_id), locks.get(device_id)
+        for device_id in sorted({*keys, *survey.locks}):
+            key, lock = keys.get(device_id), survey.lock(device_id)
             serial = lock.serial if lock is not None else None
             if key is None:
                 found.append(NamedDevice(device_id, serial=serial))
             else:
-                resources = tuple(offer.resource for offer in self._offers(key, lock) or ())
+                resources = tuple(offer.resource for offer in survey.offers(key, lock) or ())
                 found.append(NamedDevice(device_id, str(key), key.busid, serial, resources))
         return found
-
-    def _offers(self, key: DeviceKey, lock: Lock | None) -> tuple[Offer, ...] | None:
-        """Returns the resources that select the device, or None if there is no configuration."""
-        if self.config is None:
-            return None
-        listed = self._listed(key)
-        same = lock is not None and (listed is None or listed.devid == lock.read_from)
-        identity = lock.identity if lock is not None and same else UNKNOWN_IDENTITY
-        if listed is None and lock is not None and lock.usb_id is not None:
-            listed = Descriptor(key.busid, "", 0, 0, 0, lock.usb_id, 0, 0, 0, 0, 0, 0, 0)
-        found: dict[str, Offer] = {}
-        for resource in self.config.resources:
-            for entry in resource.devices:
-                if entry.target != key.server or listed is None:
-                    continue
-                if matches(entry.selector, listed, identity) is not Match.NO:
-                    found.setdefault(resource.name, Offer(f"{self.domain}/{resource.name}", str(entry.selector)))
-        return tuple(found.values())
-
-    def _twins(self, key: DeviceKey, lock: Lock) -> tuple[str, ...]:
-        """Returns other devices that are listed or held with the serial number by which a resource selects this one."""
-        targets_by_serial = [
-            {entry.target for entry in resource.devices if entry.selector.serial == lock.serial}
-            for resource in (self.config.resources if self.config is not None and lock.serial else ())
-        ]
-        servers = {server for targets in targets_by_serial if key.server in targets for server in targets}
-        found = []
-        for known in self.known:
-            other = known.lock
-            there = other.key
-            if there is None or there == key or there.server not in servers or other.serial != lock.serial:
-                continue
-            listed = self._listed(there)
-            # a device that is attached from another bus ID holds two locks: it is not a twin of itself
-            apart = not other.holder or (key.id != other.in_place_of and other.device_id != lock.in_place_of)
-            if apart and (other.holder or (listed is not None and listed.devid == other.read_from)):
-                found.append(str(there))
-        return tuple(sorted(found))
-
-    def _listed_in_use(self, server: ServerKey) -> tuple[str, ...]:
-        """Returns the devices that the server lists although living nodes have them attached."""
-        found = [
-            known.lock.key
-            for known in self.known
-            if known.lock.key is not None and known.lock.key.server == server and is_attached(known, self.clock.now())
-        ]
-        return tuple(sorted(key.busid for key in found if self._listed(key) is not None))
-
-    def _listed(self, key: DeviceKey) -> Descriptor | None:
-        answer = self.answers.get(key.server, "")
-        return None if isinstance(answer, str) else next((d for d in answer.devices if d.busid == key.busid), None)
-
-    def _answer(self, key: DeviceKey | None) -> ServerAnswer:
-        if key is None or key.server not in self.answers:
-            return ServerAnswer(Listing.NOT_ASKED)
-        answer = self.answers[key.server]
-        if isinstance(answer, str):
-            return ServerAnswer(Listing.UNREACHABLE, error=answer)
-        listed = self._listed(key)
-        if listed is None:
-            return ServerAnswer(Listing.UNLISTED, error=why_unlisted(answer.problems, key.busid))
-        return ServerAnswer(Listing.HUB if listed.is_hub else Listing.LISTED, usb_id=str(listed.usb_id))
 
     async def _pod(self, pod: PodRef) -> PodStatus:
         path = f"/api/v1/namespaces/{pod.namespace}/pods/{pod.name}"
@@ -268,6 +183,22 @@ class DeviceLookup:
         except KubeError:
             return PluginStatus.UNKNOWN
         return plugin_status(found)
+
+
+async def ask_servers(client: UsbipClient, servers: frozenset[ServerKey]) -> dict[ServerKey, DeviceList | str]:
+    """Returns the devices that each server lists, or why it does not answer. Asks all servers side by side."""
+    answers: dict[ServerKey, DeviceList | str] = {}
+
+    async def ask(server: ServerKey) -> None:
+        try:
+            answers[server] = await client.devlist(server, timeout=DEVLIST_TIMEOUT_S)
+        except UsbipError as error:
+            answers[server] = str(error)
+
+    async with asyncio.TaskGroup() as tasks:
+        for server in sorted(servers):
+            tasks.create_task(ask(server))
+    return answers
 
 
 def pod_status(found: Mapping[str, Any], pod: PodRef) -> PodStatus:

@@ -6,7 +6,9 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from types import ModuleType
+from typing import Any
 
 from usbip_plugin.kube import lazy_imports
 
@@ -69,13 +71,14 @@ def _status(error: PluginError) -> Exit:
 def _run(options: argparse.Namespace) -> int:
     # imported where used: a `run` on a node does not load the commands for people, and they do not load the plugin
     match options.command:
-        case "devices" | "explain" | "release" | "prune":
-            import asyncio  # noqa: PLC0415 - a third of the time that --version and --help would take
+        case "devices" | "nodes" | "servers":
+            from usbip_plugin.cli import list_commands  # noqa: PLC0415
 
-            from usbip_plugin.cli.cluster_commands import devices, explain, prune, release  # noqa: PLC0415
+            return _run_async(list_commands, options)
+        case "explain" | "release" | "prune":
+            from usbip_plugin.cli import cluster_commands  # noqa: PLC0415
 
-            command = {"devices": devices, "explain": explain, "release": release, "prune": prune}[options.command]
-            return asyncio.run(command(options))
+            return _run_async(cluster_commands, options)
         case "validate":
             from usbip_plugin.cli.validate import validate  # noqa: PLC0415
 
@@ -83,3 +86,11 @@ def _run(options: argparse.Namespace) -> int:
         case _:
             # by name: kubectl-usbip is packed without the code of these commands
             return int(importlib.import_module("usbip_plugin.cli.local_commands").carry_out(options))
+
+
+def _run_async(module: ModuleType, options: argparse.Namespace) -> int:
+    """Runs the coroutine that has the name of the command."""
+    import asyncio  # noqa: PLC0415 - a third of the time that --version and --help would take
+
+    command: Callable[[argparse.Namespace], Coroutine[Any, Any, int]] = getattr(module, options.command)
+    return asyncio.run(command(options))

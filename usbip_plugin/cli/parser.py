@@ -88,10 +88,8 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"usbip-plugin {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    devices = commands.add_parser("devices", help="list devices with their holder, pod and age")
-    _api_flags(devices)
+    _list_flags(commands)
     form = "output format (default %(default)s)"
-    devices.add_argument("-o", "--output", choices=FORMATS, default="table", help=f"{form}; name: IDs only")
 
     explain = commands.add_parser("explain", help="explain why a device is (un)available and what to do")
     _device_arguments(explain)
@@ -151,6 +149,24 @@ def _local_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser
 
     simulate = commands.add_parser("simulate", help="development helpers: simulated kernel and USB/IP server")
     _simulate_flags(simulate.add_subparsers(dest="simulated", required=True, metavar="WHAT"))
+
+
+def _list_flags(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    devices = commands.add_parser("devices", help="list devices with their resource, holder, pod and age")
+    devices.add_argument("names", metavar=DEVICE, nargs="*", help="only devices with this name, as `explain` takes it")
+    nodes = commands.add_parser("nodes", help="list nodes with their plugin, kernel module and devices")
+    servers = commands.add_parser("servers", help="list USB/IP servers, as this machine reaches them")
+    for command in (devices, nodes, servers):
+        form = "output format (default %(default)s); name: only IDs or names"
+        command.add_argument("-o", "--output", choices=FORMATS, default="table", help=form)
+        command.add_argument("--no-headers", action="store_true", help="leave out the names of the columns")
+    devices.add_argument("-w", "--watch", action="store_true", help="after the list, show each device that changes")
+    devices.add_argument("--resource", metavar="NAME", help="only devices of this resource, with or without its domain")
+    devices.add_argument("--node", metavar="NAME", help="only devices that this node holds")
+    devices.add_argument("--server", metavar="HOST[:PORT]", help="only devices of this USB/IP server")
+    for command in (devices, nodes, servers):
+        _api_flags(command)
+        _config_lookup_flags(command)
 
 
 def _epilog() -> str:

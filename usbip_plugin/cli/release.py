@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 
-from usbip_plugin.cli.devices import ago, stamp
 from usbip_plugin.cli.explain import DeviceDetails, Listing, PodStatus
+from usbip_plugin.cli.tables import ago, stamp
 from usbip_plugin.config.schema import IMPORT_WINDOW_S
 from usbip_plugin.errors import KubeConflict, KubeForbidden, KubeNotFound, ReleaseRefused
 from usbip_plugin.locks.locked_devices import LockedDevice, last_sign

@@ -1,160 +1,236 @@
-"""`usbip-plugin devices`: the rows made of the Leases, in each output form."""
+"""`usbip-plugin devices`: the rows of a survey, their states and the filters."""
 
 from __future__ import annotations
 
-import io
-import json
-import re
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 
 import pytest
-import yaml
 
-from usbip_plugin.cli.devices import COLUMNS, WIDE, age, rows, show_devices, table, wants_colour
-from usbip_plugin.clock import SystemClock
-from usbip_plugin.locks.locked_devices import known_devices
-from usbip_plugin.locks.record import LOCK_LABELS, SESSION_LABELS, Lease
-from usbip_plugin.model import DeviceKey, ServerKey
-from usbip_sim.leases import MemoryBackend, MemoryLeases
+from tests.rigs.vocabulary import ATTIC, DONGLE, KEY, LAB, OTHER_KEY, STICK, descriptor
+from usbip_plugin.cli.devices import changes, rows, select
+from usbip_plugin.cli.survey import Survey
+from usbip_plugin.cli.tables import Row
+from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
+from usbip_plugin.errors import NoSuchDevice
+from usbip_plugin.locks.locked_devices import LockedDevice
+from usbip_plugin.locks.record import LOCK_LABELS, SESSION_LABELS, Lease, lock_of
+from usbip_plugin.model import Descriptor, DeviceKey, ServerKey
+from usbip_plugin.usbip.client import DeviceList
 
-HELD, FREE, SILENT = (
-    DeviceKey(ServerKey(host, 3240), busid) for host, busid in (("lab", "1-1"), ("attic", "1-2"), ("z", "2-1"))
-)
 TAKEN = datetime(2026, 5, 4, 3, 2, 1, tzinfo=UTC)
 NOW = TAKEN + timedelta(hours=1)
-ELSEWHERE = DeviceKey(ServerKey("lab", 3240), "1-9")
+ELSEWHERE = DeviceKey(LAB, "1-9")
 POD = {"usbip.dev/pod": "default/reader/uid-1", "usbip.dev/vhci-port": "3", "usbip.dev/in-place-of": ELSEWHERE.id}
+RESOURCE = "usbip.dev/stick"
 
 
-def notes(key: DeviceKey) -> dict[str, str]:
-    return {"usbip.dev/server": str(key.server), "usbip.dev/busid": key.busid, "usbip.dev/usb-id": "0951:1666"}
+def known(key: DeviceKey, holder: str = "", *, heard: float = 4, epoch: int = 7, **notes: str) -> LockedDevice:
+    """Returns a device with its lock. heard: seconds since the session of its holder was renewed."""
+    named = {"usbip.dev/server": str(key.server), "usbip.dev/busid": key.busid, "usbip.dev/usb-id": "0951:1666"}
+    more = {f"usbip.dev/{name.replace('_', '-')}": text for name, text in notes.items()}
+    lease = Lease(key.id, holder, 40, TAKEN, TAKEN, epoch, named | (POD if holder else {}) | more, LOCK_LABELS)
+    beat = NOW - timedelta(seconds=heard)
+    session = Lease(f"usbip-node-{holder}", holder, 40, TAKEN, beat, labels=SESSION_LABELS) if holder else None
+    return LockedDevice(lease, lock_of(lease), session)
 
 
-def store() -> MemoryLeases:
-    backend = MemoryBackend()
-    for key, holder, epoch in ((HELD, "node-a", 7), (FREE, "", 2), (SILENT, "node-b", 1)):
-        backend.create(Lease(key.id, holder, 40, TAKEN, TAKEN, epoch, annotations=notes(key) | POD, labels=LOCK_LABELS))
-    for node, beat in (("node-a", NOW - timedelta(seconds=5)), ("node-b", NOW - timedelta(seconds=41))):
-        backend.create(Lease(f"usbip-node-{node}", node, 40, TAKEN, beat, labels=SESSION_LABELS))
-    return MemoryLeases(backend, SystemClock())
+def config(*selectors: Selector, server: ServerKey = LAB) -> Config:
+    return Config((ResourceConfig("stick", tuple(DeviceSelector(server, one) for one in selectors)),))
 
 
-async def shown(form: str) -> str:
-    out = io.StringIO()
-    show_devices(rows(await known_devices(store()), NOW), form, out)
-    return out.getvalue()
+ANY = config(Selector(vendor=STICK.vendor))
 
 
-async def test_each_lock_has_a_row_and_sessions_have_none() -> None:
-    free, held, silent = rows(await known_devices(store()), NOW)
-    assert held == {
+def survey(
+    *locks: LockedDevice, listed: Mapping[ServerKey, DeviceList | str] | None = None, config: Config | None = ANY
+) -> Survey:
+    return Survey(locks, listed or {}, config, "usbip.dev", NOW)
+
+
+def lists(*descriptors: Descriptor) -> dict[ServerKey, DeviceList | str]:
+    return {LAB: DeviceList(descriptors)}
+
+
+def only(found: list[Row]) -> Row:
+    (row,) = found
+    return row
+
+
+def verdict(found: list[Row]) -> tuple[object, object]:
+    row = only(found)
+    return row["state"], row["reason_code"]
+
+
+def test_a_held_device_has_its_holder_pod_and_resource() -> None:
+    assert only(rows(survey(known(KEY, "node-a")))) == {
         "device": "lab:3240/1-1",
-        "id": HELD.id,
+        "id": KEY.id,
         "server": "lab:3240",
         "busid": "1-1",
         "usb_id": "0951:1666",
         "serial": None,
+        "resources": [RESOURCE],
         "state": "held",
         "holder": "node-a",
         "pod": "default/reader",
         "port": 3,
         "since": "2026-05-04T03:02:01Z",
         "age": "60m",
-        "last_sign": "2026-05-04T04:01:56Z",
+        "last_sign": "2026-05-04T04:01:57Z",
         "epoch": 7,
         "reason": "in use",
         "reason_code": "attached",
         "in_place_of": ELSEWHERE.id,
     }
-    assert (free["device"], free["state"]) == ("attic:3240/1-2", "free")
-    assert (free["reason"], free["reason_code"]) == ("no holder", "free")
-    assert [free[key] for key in ("holder", "pod", "port", "since", "age", "last_sign", "in_place_of")] == [None] * 7
-    assert silent["state"] == "silent"
-    assert silent["reason"] == "holder silent since 2026-05-04T04:01:20Z; can be taken over"
-    assert silent["reason_code"] == "holder_expired"
-    assert free["epoch"] == 2
 
 
-async def test_the_table_has_aligned_columns_for_holder_and_pod() -> None:
-    head, free, held, _silent = (await shown("table")).splitlines()
-    assert head.split() == ["DEVICE", "STATE", "HOLDER", "POD", "AGE", "REASON"]
-    assert free.split()[:5] == ["attic:3240/1-2", "free", "-", "-", "-"]
-    assert held[head.index("POD") :].startswith("default/reader")
+def test_a_lock_without_holder_has_no_holder_pod_or_age() -> None:
+    row = only(rows(survey(known(KEY), listed=lists(descriptor()))))
+    assert [row[key] for key in ("holder", "pod", "port", "since", "age", "last_sign", "in_place_of")] == [None] * 7
+    assert (row["state"], row["reason"], row["epoch"]) == ("free", "available", 7)
 
 
-async def test_wide_has_the_rows_of_the_table_and_more_columns() -> None:
-    head, _free, held, _silent = (await shown("wide")).splitlines()
-    assert head.split()[len(COLUMNS) :] == ["SINCE", "EPOCH", "ID", "USB-ID", "SERIAL", "PORT"]
-    assert held.split()[-4:] == [HELD.id, "0951:1666", "-", "3"]
+def test_a_silent_holder_is_named_with_its_last_sign_of_life() -> None:
+    row = only(rows(survey(known(KEY, "node-b", heard=41))))
+    assert (row["state"], row["holder"], row["reason_code"]) == ("silent", "node-b", "holder_expired")
+    assert row["reason"] == "holder silent since 2026-05-04T04:01:20Z; can be taken over"
 
 
-async def test_json_and_yaml_have_all_rows_and_name_has_the_ids() -> None:
-    whole = rows(await known_devices(store()), NOW)
-    assert json.loads(await shown("json")) == yaml.safe_load(await shown("yaml")) == whole
-    assert (await shown("name")).split() == [row["id"] for row in whole]
-
-
-def test_without_devices_the_table_is_a_sentence_and_the_other_forms_are_empty() -> None:
-    assert "No devices found." in table([])
-    for form, text in (("json", "[]\n"), ("yaml", "[]\n"), ("name", "")):
-        out = io.StringIO()
-        show_devices([], form, out)
-        assert out.getvalue() == text
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
+def test_a_device_that_was_never_locked_is_listed_if_a_resource_selects_it() -> None:
+    other = descriptor("1-2", DONGLE)
+    row = only(rows(survey(listed=lists(descriptor(), other))))
+    assert (row["device"], row["id"], row["resources"]) == (str(KEY), KEY.id, [RESOURCE])
+    assert (row["state"], row["usb_id"], row["epoch"]) == ("free", "0951:1666", None)
 
 
 @pytest.mark.parametrize(
-    ("stream", "environ", "wanted"),
+    ("listed", "nodes", "expected"),
     [
-        (Terminal(), {"TERM": "xterm"}, True),
-        (Terminal(), {"TERM": "xterm", "NO_COLOR": "1"}, False),
-        (Terminal(), {"TERM": "xterm", "NO_COLOR": ""}, True),
-        (Terminal(), {"TERM": "dumb"}, False),
-        (Terminal(), {}, False),
-        (io.StringIO(), {"TERM": "xterm"}, False),
+        (lists(descriptor()), None, ("free", "free")),
+        (lists(descriptor()), {RESOURCE: 2}, ("free", "free")),
+        (lists(descriptor()), {RESOURCE: 0}, ("unavailable", "unknown")),
+        (lists(descriptor()), {}, ("unavailable", "unknown")),
+        (lists(), {RESOURCE: 2}, ("unavailable", "not_listed")),
+        ({LAB: "no route"}, None, ("unknown", "server_unreachable")),
+        ({LAB: "no route"}, {RESOURCE: 0}, ("unknown", "server_unreachable")),
+        ({LAB: "no route"}, {RESOURCE: 2}, ("free", "free")),
     ],
 )
-def test_colour_is_used_only_on_a_capable_terminal_without_no_color(
-    stream: io.StringIO, environ: dict[str, str], wanted: bool
+def test_the_state_of_a_free_device_follows_from_its_server_and_the_nodes(
+    listed: dict[ServerKey, DeviceList | str], nodes: dict[str, int] | None, expected: tuple[str, str]
 ) -> None:
-    assert wants_colour(stream, environ) is wanted
+    assert verdict(rows(survey(known(KEY), listed=listed), nodes)) == expected
 
 
-async def test_a_terminal_has_colour_and_no_line_is_wider_than_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    devices = rows(await known_devices(store()), NOW)
-    for columns, whole in ((200, True), (80, False)):
-        monkeypatch.setenv("COLUMNS", str(columns))
-        out = Terminal()
-        show_devices(devices, "table", out)
-        assert "\x1b[32m" in out.getvalue(), "free is green"
-        text = re.sub(r"\x1b\[[0-9]*m", "", out.getvalue())
-        assert all(str(row["device"]) in text for row in devices)
-        assert max(map(len, text.splitlines())) <= columns
-        assert ("can be taken over" in text) is whole
-    assert text.endswith("  holder silent since 2026...\n")
+def test_a_server_that_does_not_answer_this_machine_is_said_although_nodes_offer_the_device() -> None:
+    row = only(rows(survey(known(KEY), listed={LAB: "no route"}), {RESOURCE: 1}))
+    assert row["reason"] == "its resource is offered by 1 node; from here: no route"
 
 
-async def test_a_narrow_terminal_keeps_the_beginning_of_the_reason() -> None:
-    devices = rows(await known_devices(store()), NOW)
-    _head, _free, _held, silent = table(devices, width=20).splitlines()
-    assert silent.endswith("  holder ...")
-    assert silent.split()[:4] == ["z:3240/2-1", "silent", "node-b", "default/reader"]
+def test_a_device_that_no_resource_selects_is_unavailable() -> None:
+    found = survey(known(KEY), listed=lists(descriptor()), config=config(Selector(vendor=DONGLE.vendor)))
+    assert [row["reason_code"] for row in rows(found) if row["id"]] == ["not_configured"]
 
 
-def test_colour_does_not_shift_columns() -> None:
-    devices = [dict.fromkeys(WIDE, "x") | {"state": state} for state in ("free", "held", "other")]
-    plain, painted = table(devices), table(devices, colour=True)
-    for code in ("\x1b[32m", "\x1b[33m", "\x1b[0m"):
-        painted = painted.replace(code, "")
-    assert painted == plain
+def test_a_failed_allocate_is_said_of_a_device_that_is_available() -> None:
+    found = survey(known(KEY, failed_epoch="7"), listed=lists(descriptor()))
+    assert verdict(rows(found)) == ("free", "allocates_failed")
 
 
-def test_ages_are_rounded_down_to_one_unit() -> None:
-    seconds = (-5, 0.9, 119, 120, 7199, 7200, 172_799, 172_800)
-    assert [age(one) for one in seconds] == ["0s", "0s", "119s", "2m", "119m", "2h", "47h", "2d"]
+def test_a_serial_number_that_was_not_read_leaves_the_state_unknown() -> None:
+    found = survey(listed=lists(descriptor()), config=config(Selector(serial="A1")))
+    assert verdict(rows(found)) == ("unknown", "not_read")
+
+
+def test_without_the_right_to_read_leases_an_unlisted_device_may_be_in_use() -> None:
+    found = survey(listed=lists(), config=config(Selector(bus_id="1-1")))
+    assert verdict(rows(found)) == ("unavailable", "not_listed")
+    locked = survey(known(KEY), listed=lists())
+    row = only(rows(locked, locks_read=False))
+    assert (row["state"], "or in use" in str(row["reason"])) == ("unknown", True)
+
+
+@pytest.mark.parametrize(
+    ("selector", "listed", "device", "reason"),
+    [
+        (Selector(vendor=1), lists(descriptor()), "lab:3240/?", "its server lists no device with vendor 0001"),
+        (Selector(vendor=1), {LAB: "no route"}, "lab:3240/?", "no route"),
+        (Selector(bus_id="1-*"), lists(), "lab:3240/?", "its server lists no device with bus_id 1-*"),
+        (Selector(bus_id="1-1"), lists(), "lab:3240/1-1", "not exported by its server"),
+        (Selector(bus_id="1-1"), {LAB: "no route"}, "lab:3240/1-1", "no route"),
+        (
+            Selector(bus_id="1-1", vendor=DONGLE.vendor),
+            lists(descriptor()),
+            "lab:3240/1-1",
+            "its server lists 0951:1666 under this bus ID",
+        ),
+    ],
+)
+def test_a_selector_without_a_device_has_a_row(
+    selector: Selector, listed: dict[ServerKey, DeviceList | str], device: str, reason: str
+) -> None:
+    row = only(rows(survey(listed=listed, config=config(selector))))
+    assert (row["device"], row["resources"], row["reason"]) == (device, [RESOURCE], reason)
+    assert row["id"] == (KEY.id if device == str(KEY) else None)
+
+
+def test_each_bus_id_of_a_selector_has_one_row() -> None:
+    both = config(Selector(bus_id=("1-1", "1-2")), Selector(bus_id="1-2", vendor=9))
+    found = rows(survey(listed=lists(), config=both))
+    assert [row["id"] for row in found] == [KEY.id, OTHER_KEY.id]
+
+
+def test_a_resource_of_the_nodes_without_a_known_device_has_a_row() -> None:
+    row = only(rows(survey(config=None), {"usbip.dev/camera": 3}))
+    assert (row["device"], row["resources"], row["state"]) == (None, ["usbip.dev/camera"], "unknown")
+    assert row["reason"] == "offered by 3 nodes; its devices are not known here"
+
+
+HELD, FREE, AWAY = KEY, OTHER_KEY, DeviceKey(ATTIC, "2-1")
+SEVERAL = rows(
+    survey(
+        known(HELD, "node-a"),
+        known(AWAY),
+        listed=lists(descriptor("1-2")),
+        config=Config(
+            (
+                *ANY.resources,
+                ResourceConfig("far", (DeviceSelector(ATTIC, Selector(vendor=STICK.vendor)),)),
+            )
+        ),
+    )
+)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "devices"),
+    [
+        ({}, {HELD, FREE, AWAY}),
+        ({"resource": "stick"}, {HELD, FREE}),
+        ({"resource": "usbip.dev/far"}, {AWAY}),
+        ({"resource": "fa"}, set()),
+        ({"node": "node-a"}, {HELD}),
+        ({"server": "lab"}, {HELD, FREE}),
+        ({"server": "attic:3240"}, {AWAY}),
+        ({"server": "lab", "node": "node-b"}, set()),
+    ],
+)
+def test_filters_keep_the_rows_that_have_all_of_them(wanted: dict[str, str], devices: set[DeviceKey]) -> None:
+    assert {row["id"] for row in select(SEVERAL, **wanted)} == {key.id for key in devices}  # type: ignore[arg-type]
+
+
+def test_names_select_every_device_that_they_may_mean() -> None:
+    assert {row["id"] for row in select(SEVERAL, ["lab", "2-1"])} == {HELD.id, FREE.id, AWAY.id}
+    assert [row["id"] for row in select(SEVERAL, ["stick"], node="node-a")] == [HELD.id]
+    with pytest.raises(NoSuchDevice, match="no device is called 'x'"):
+        select(SEVERAL, ["lab", "x"])
+    assert select(SEVERAL, ["x"], missing_ok=True) == []
+
+
+def test_a_device_has_changed_if_more_than_its_age_or_heartbeat_differs() -> None:
+    before = rows(survey(known(KEY, "node-a"), known(OTHER_KEY)))
+    later = Survey((known(KEY, "node-a", heard=-2), known(OTHER_KEY)), {}, ANY, "usbip.dev", NOW + timedelta(seconds=9))
+    assert changes(before, rows(later)) == []
+    taken = rows(survey(known(KEY, "node-a"), known(OTHER_KEY, "node-b")))
+    assert [row["id"] for row in changes(before, taken)] == [OTHER_KEY.id]

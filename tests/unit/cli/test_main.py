@@ -42,7 +42,7 @@ def complete(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         yield run
 
 
-COMMANDS = ["devices", "explain", "release", "prune", "validate"]
+COMMANDS = ["devices", "nodes", "servers", "explain", "release", "prune", "validate"]
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,8 @@ COMMANDS = ["devices", "explain", "release", "prune", "validate"]
         (("devices", "--output", "j"), ["json"]),
         (("devices", "--kub"), ["--kubeconfig"]),
         (("devices", "--kubeconfig", ""), [FILE]),
-        (("devices", ""), []),
+        (("devices", ""), ["usbip-abc", "usbip-xyz"]),
+        (("nodes", ""), []),
         (("explain", ""), ["usbip-abc", "usbip-xyz"]),
         (("-h", "explain", "usbip-x"), ["usbip-xyz"]),
         (("release", "--namespace", "ns", ""), ["usbip-abc", "usbip-xyz"]),

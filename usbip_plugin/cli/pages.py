@@ -1,0 +1,59 @@
+"""Reads the status pages of the plugin's pods through the API server (get pods/proxy), without a way to the nodes."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from usbip_plugin.cli import lookup
+from usbip_plugin.cli.sources import PluginPod
+from usbip_plugin.errors import KubeError, KubeForbidden
+from usbip_plugin.kube.client import Api
+
+RIGHT = "get pods/proxy in the plugin's namespace"
+MAX_PAGES = 100
+"""Status pages that one command reads; each passes through the API server."""
+PARALLEL = 8
+"""Status pages that are read at one time."""
+_POD = re.compile("[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
+
+
+async def read_page(kube: Api, namespace: str, pod: PluginPod, path: str) -> dict[str, Any]:
+    """Returns the JSON object at a path of the pod's status page, such as /api/status. Raises KubeError."""
+    if not _POD.fullmatch(pod.name) or pod.port is None:
+        raise KubeError("get", "pods/proxy", f"pod {pod.name} has no port named http")
+    proxy = f"/api/v1/namespaces/{namespace}/pods/http:{pod.name}:{pod.port}/proxy{path}"
+    return await kube.request("get", proxy, resource="pods/proxy", timeout=lookup.REQUEST_TIMEOUT_S)
+
+
+async def read_statuses(
+    kube: Api, namespace: str, pods: Sequence[PluginPod]
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Returns the /api/status of each pod that answers, by pod name, and why others are missing, in sentences."""
+    found: dict[str, dict[str, Any]] = {}
+    failed: list[KubeError] = []
+    slots = asyncio.Semaphore(PARALLEL)
+
+    async def read(pod: PluginPod) -> None:
+        async with slots:
+            if failed and isinstance(failed[0], KubeForbidden):
+                return  # so are all others
+            try:
+                found[pod.name] = await read_page(kube, namespace, pod, "/api/status")
+            except KubeError as error:
+                failed.append(error)
+
+    asked = [pod for pod in pods if pod.port is not None][:MAX_PAGES]
+    async with asyncio.TaskGroup() as tasks:
+        for pod in asked:
+            tasks.create_task(read(pod))
+    problems = []
+    if failed and isinstance(failed[0], KubeForbidden):
+        problems.append(f"status pages cannot be read, so MODULE is not known; they need the right {RIGHT}")
+    elif failed:
+        problems.append(f"{len(failed)} of {len(asked)} status pages cannot be read: {failed[0]}")
+    if len(pods) > MAX_PAGES:
+        problems.append(f"only the status pages of {MAX_PAGES} of {len(pods)} pods were read")
+    return found, problems
