@@ -62,6 +62,14 @@ class ConfigError(PluginError):
         super().__init__("\n".join([f"{source}: {count}", *self.problems]))
 
 
+class KubeconfigError(ConfigError):
+    """A kubeconfig that cannot be used, as one sentence with the file and the cure."""
+
+    def __init__(self, problem: str) -> None:
+        self.problems = (problem,)
+        PluginError.__init__(self, problem)
+
+
 class UsbipError(PluginError):
     """An error of a USB/IP server. The message begins with the server."""
 

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from tests.rigs.command_rig import LIMIT_S, LOOPBACKS, Terminal, process_restored
-from tests.rigs.fake_api import NAMESPACE, FakeApi, serving
+from tests.rigs.fake_api import NAMESPACE, SILENT, FakeApi, serving
 from usbip_plugin.cli import completion, list_commands
 from usbip_plugin.cli.completion import kubectl as kubectl_complete
 from usbip_plugin.cli.main import kubectl, main
@@ -163,6 +163,16 @@ async def test_devices_prints_every_output_format(cluster: Cluster, terminal: Te
     assert table.split("\n")[0].split() == ["DEVICE", "RESOURCE", "STATE", "HOLDER", "POD", "AGE", "REASON"]
     assert "\x1b" not in table
     assert (await terminal.run("devices", "--no-headers")).out == table.partition("\n")[2]
+
+
+async def test_kubectls_flags_choose_the_api_server_and_limit_its_answers(cluster: Cluster, terminal: Terminal) -> None:
+    ran = await terminal.run("devices", "--context", "nowhere")
+    assert (ran.status, "has no context 'nowhere'; it has x" in ran.err) == (Exit.USAGE, True)
+    ran = await terminal.run("devices", "--context", "x", "--cluster", "c", "--user", "u", "-o", "name")
+    assert (ran.status, ran.out.split()) == (Exit.DONE, [cluster.held.id])
+    cluster.api.refused["list leases"] = SILENT
+    ran = await terminal.run("devices", "--request-timeout", "1s")
+    assert (ran.status, "list leases.coordination.k8s.io: no answer in time" in ran.err) == (Exit.API, True)
 
 
 async def test_devices_lists_what_was_never_locked_and_filters(cluster: Cluster, terminal: Terminal) -> None:

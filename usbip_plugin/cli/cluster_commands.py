@@ -12,17 +12,17 @@ from collections.abc import AsyncIterator
 from usbip_plugin.cli.explain import DeviceDetails, render
 from usbip_plugin.cli.explain import explain as explanation_of
 from usbip_plugin.cli.lookup import DEVLIST_TIMEOUT_S, DeviceLookup, find_config, mapping
-from usbip_plugin.cli.namespace import namespace_of
 from usbip_plugin.cli.parser import Exit
 from usbip_plugin.cli.prune import prune as remove
 from usbip_plugin.cli.prune import removable, summary
 from usbip_plugin.cli.release import impact, refusal
 from usbip_plugin.cli.release import release as carry_out
+from usbip_plugin.cli.sources import connected
 from usbip_plugin.cli.tables import paint, structured, wants_colour
 from usbip_plugin.clock import Clock, SystemClock
 from usbip_plugin.config.schema import DEFAULT_DOMAIN
 from usbip_plugin.errors import PluginError, PruneRefused, ReleaseRefused, UsbipError
-from usbip_plugin.kube.client import KubeClient, connect
+from usbip_plugin.kube.client import KubeClient
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.locks.locked_devices import LockedDevice, known_devices
 from usbip_plugin.locks.record import SESSION_LABELS, LeaseStore
@@ -32,11 +32,8 @@ from usbip_plugin.usbip.client import TcpUsbipClient
 
 async def read_devices(options: argparse.Namespace) -> tuple[LockedDevice, ...]:
     """Returns every device that has a lock. Raises KubeError, or ConfigError if the kubeconfig cannot be used."""
-    kube = await connect(options.kubeconfig)
-    try:
-        return await known_devices(KubernetesLeases(kube, namespace_of(options.namespace)))
-    finally:
-        await kube.close()
+    async with connected(options) as (kube, namespace):
+        return await known_devices(KubernetesLeases(kube, namespace))
 
 
 async def explain(options: argparse.Namespace) -> int:
@@ -80,9 +77,8 @@ async def release(options: argparse.Namespace) -> int:
 
 async def prune(options: argparse.Namespace) -> int:
     """Carries out `usbip-plugin prune`. Raises PruneRefused if it is not confirmed."""
-    clock, namespace = SystemClock(), namespace_of(options.namespace)
-    kube = await connect(options.kubeconfig)
-    try:
+    clock = SystemClock()
+    async with connected(options) as (kube, namespace):
         store = KubernetesLeases(kube, namespace)
         config, source = await find_config(options, kube, namespace)
         if config is None:
@@ -102,8 +98,6 @@ async def prune(options: argparse.Namespace) -> int:
         removed = await remove(store, found)
         changed = f"; {len(found) - removed} have changed meanwhile and stay" if removed < len(found) else ""
         _say(f"Removed {removed} Leases{changed}.")
-    finally:
-        await kube.close()
     return Exit.DONE
 
 
@@ -148,17 +142,13 @@ async def _confirmed(question: str, refused: type[PluginError], not_done: str) -
 @contextlib.asynccontextmanager
 async def _details(options: argparse.Namespace) -> AsyncIterator[tuple[DeviceDetails, LeaseStore]]:
     clock = SystemClock()
-    namespace = namespace_of(options.namespace)
-    kube = await connect(options.kubeconfig)
-    try:
+    async with connected(options) as (kube, namespace):
         store = KubernetesLeases(kube, namespace)
         config, source = await find_config(options, kube, namespace)
         with contextlib.closing(TcpUsbipClient(clock)) as client:
             domain = options.domain or (config.settings.domain if config is not None else None) or DEFAULT_DOMAIN
             lookup = DeviceLookup(store, kube, client, clock, namespace, domain, config, source)
             yield await lookup.about(options.device), store
-    finally:
-        await kube.close()
 
 
 def _say(text: str) -> None:

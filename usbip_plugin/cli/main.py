@@ -34,6 +34,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
 
         autocomplete()
     options = parser(prog).parse_args(arguments)
+    import logging  # noqa: PLC0415 - --version and --help do not need it
+
+    logging.getLogger().addHandler(logging.NullHandler())  # else libraries log to stderr what is raised as well
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # else gRPC writes to stderr whenever a kubelet restarts
     try:
         return _run(options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import enum
 import os
+import re
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -73,6 +74,8 @@ DEVICE_HELP = (
     "its ID, SERVER/BUSID, bus ID, serial number, a resource that selects no other device, or a unique prefix of any "
     "of these"
 )
+_UNITS = {"ms": 0.001, "s": 1.0, "": 1.0, "m": 60.0, "h": 3600.0}
+_DURATION = re.compile(r"([0-9]{1,6}(?:\.[0-9]{1,3})?)(ms|s|m|h|)", re.ASCII)
 WIDTH = 100
 """Characters in a line of the list of exit statuses in the help."""
 
@@ -113,7 +116,7 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         "devices that the configuration does not name or that nobody has held for a day and their server does not "
         "list. Shows them and asks for confirmation.",
     )
-    _api_flags(prune)
+    _connection_flags(prune)
     _config_lookup_flags(prune)
     prune.add_argument("--dry-run", action="store_true", help="only show what would be removed")
     prune.add_argument("-y", "--yes", action="store_true", help="do not ask for confirmation")
@@ -165,7 +168,7 @@ def _list_flags(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     devices.add_argument("--node", metavar="NAME", help="only devices that this node holds")
     devices.add_argument("--server", metavar="HOST[:PORT]", help="only devices of this USB/IP server")
     for command in (devices, nodes, servers):
-        _api_flags(command)
+        _connection_flags(command)
         _config_lookup_flags(command)
 
 
@@ -292,6 +295,24 @@ def _api_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("-n", "--namespace", metavar="NAME", help=namespace)
 
 
+def _connection_flags(command: argparse.ArgumentParser) -> None:
+    """Adds kubectl's flags of the same names, for commands of people."""
+    _api_flags(command)
+    command.add_argument("--context", metavar="NAME", help="context of the kubeconfig")
+    command.add_argument("--cluster", metavar="NAME", help="cluster of the kubeconfig")
+    command.add_argument("--user", metavar="NAME", help="user of the kubeconfig")
+    timeout = "longest time for one request to the API server, such as 500ms, 10s or 2m (default: the command's own)"
+    command.add_argument("--request-timeout", metavar="TIME", type=_duration, help=timeout)
+
+
+def _duration(text: str) -> float | None:
+    """Returns seconds; None for 0, as kubectl has it. A number without a unit is in seconds."""
+    found = _DURATION.fullmatch(text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a time such as 500ms, 10s, 2m or 0")
+    return float(found[1]) * _UNITS[found[2]] or None
+
+
 def _config_flags(command: argparse.ArgumentParser, path: Path | None, default: str) -> None:
     command.add_argument("--config", metavar="FILE", type=Path, default=path, help=f"configuration file ({default})")
     command.add_argument("--domain", metavar="NAME", help=f"domain of the resource names (default {DEFAULT_DOMAIN})")
@@ -300,7 +321,7 @@ def _config_flags(command: argparse.ArgumentParser, path: Path | None, default: 
 def _device_arguments(command: argparse.ArgumentParser) -> None:
     """Adds the arguments of commands about one device. They look for the configuration, and work without it too."""
     command.add_argument("device", metavar=DEVICE, help=DEVICE_HELP)
-    _api_flags(command)
+    _connection_flags(command)
     _config_lookup_flags(command)
 
 

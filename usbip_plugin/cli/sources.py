@@ -88,7 +88,13 @@ def offered(nodes: Iterable[NodeReading]) -> dict[str, int]:
 @contextlib.asynccontextmanager
 async def connected(options: argparse.Namespace) -> AsyncIterator[tuple[KubeClient, str]]:
     """Yields a client of the API server and the namespace of the Leases. Raises ConfigError without a kubeconfig."""
-    kube = await connect(options.kubeconfig)
+    kube = await connect(
+        options.kubeconfig,
+        context=options.context,
+        cluster=options.cluster,
+        user=options.user,
+        request_timeout=options.request_timeout,
+    )
     try:
         yield kube, namespace_of(options.namespace)
     finally:

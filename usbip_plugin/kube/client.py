@@ -14,11 +14,10 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mappi
 from pathlib import Path
 from typing import Any, Protocol
 
-import yaml
-
 from usbip_plugin.clock import Clock, SystemClock
 from usbip_plugin.errors import ConfigError, KubeError, KubeUnreachable
 from usbip_plugin.kube import lazy_imports, paging
+from usbip_plugin.kube.kubeconfig import DEFAULT_PATH, Kubeconfig
 from usbip_plugin.kube.responses import MAX_BODY_BYTES, decoded, event_of, lines, refusal, whole
 from usbip_plugin.sockets import set_tcp_options
 
@@ -129,13 +128,16 @@ class KubeClient:
         token_period: float | None = None,
         on_error: Callable[[KubeError], None] | None = None,
         rng: random.Random | None = None,
+        request_timeout: float | None = None,
     ) -> None:
         """Sets up the client, and sends nothing yet.
 
         reload_token: reads the credentials again and returns the Authorization header; it may raise OSError.
         token_period: seconds between two reads of the credentials; None reads them again only after a 401.
         on_error: called with every error that ends a request; must not raise.
+        request_timeout: seconds for each request but watches, instead of the timeout that its caller gives.
         """
+        self._request_timeout = request_timeout
         self._host: str = str(configuration.host).rstrip("/")
         self._rest = RESTClientObject(configuration)
         self._authorization: str | None = configuration.api_key.get("BearerToken")
@@ -206,7 +208,7 @@ class KubeClient:
             **(params or {}),
         }
         with self._reported(), _translated("watch", resource):
-            async with self._clock.timeout(REQUEST_TIMEOUT_S):
+            async with self._clock.timeout(self._request_timeout or REQUEST_TIMEOUT_S):
                 response = await self._send("watch", path, resource, query, None, None)
             async with response:
                 _keep_alive(response)
@@ -224,6 +226,7 @@ class KubeClient:
         most: int = MAX_BODY_BYTES,
     ) -> bytes:
         """Sends a request and returns the body of its answer, of at most so many bytes."""
+        timeout = self._request_timeout or timeout
         with _translated(verb, resource):
             async with self._clock.timeout(timeout):
                 response = await self._send(verb, path, resource, params, body, timeout)
@@ -286,6 +289,10 @@ class KubeClient:
 async def connect(
     kubeconfig: str | None = None,
     *,
+    context: str | None = None,
+    cluster: str | None = None,
+    user: str | None = None,
+    request_timeout: float | None = None,
     clock: Clock | None = None,
     on_error: Callable[[KubeError], None] | None = None,
     environ: Mapping[str, str] = os.environ,
@@ -294,17 +301,33 @@ async def connect(
     """Returns a client for kubeconfig if given, else $KUBECONFIG, else the pod's ServiceAccount, else ~/.kube/config.
 
     Sends nothing yet. Raises ConfigError if there is no usable configuration. The caller must close the client.
+    context, cluster, user: what to use of the kubeconfig; given ones rule out the ServiceAccount.
+    request_timeout: seconds for each request, instead of the timeout that its caller gives.
     on_error: called with every error that ends a request; must not raise.
     """
     clock = clock or SystemClock()
-    path = kubeconfig or environ.get("KUBECONFIG")
-    if path is None and "KUBERNETES_SERVICE_HOST" in environ:
-        return _from_service_account(environ, service_account, clock, on_error)
-    return await _from_kubeconfig(path or "~/.kube/config", clock, on_error)
+    path = kubeconfig or environ.get("KUBECONFIG") or None
+    if (path, context, cluster, user) == (None,) * 4 and "KUBERNETES_SERVICE_HOST" in environ:
+        return _from_service_account(environ, service_account, clock, on_error, request_timeout)
+    chosen = Kubeconfig(path or DEFAULT_PATH, context, cluster, user)
+
+    async def reload_token() -> str | None:
+        try:
+            header: str | None = (await chosen.load(clock)).api_key.get("BearerToken")
+        except ConfigError as error:
+            raise OSError(str(error)) from error
+        return header
+
+    configuration = await chosen.load(clock)
+    return KubeClient(configuration, reload_token, clock, on_error=on_error, request_timeout=request_timeout)
 
 
 def _from_service_account(
-    environ: Mapping[str, str], directory: Path, clock: Clock, on_error: Callable[[KubeError], None] | None
+    environ: Mapping[str, str],
+    directory: Path,
+    clock: Clock,
+    on_error: Callable[[KubeError], None] | None,
+    request_timeout: float | None,
 ) -> KubeClient:
     token, authority = directory / "token", directory / "ca.crt"
     configuration = Configuration()
@@ -321,7 +344,7 @@ def _from_service_account(
     async def reload_token() -> str | None:
         return _token_header(token)
 
-    return KubeClient(configuration, reload_token, clock, TOKEN_PERIOD_S, on_error)
+    return KubeClient(configuration, reload_token, clock, TOKEN_PERIOD_S, on_error, request_timeout=request_timeout)
 
 
 def _token_header(path: Path) -> str:
@@ -330,41 +353,6 @@ def _token_header(path: Path) -> str:
     if not token.isascii() or not token.isprintable():
         raise OSError(errno.EINVAL, "the token must be printable ASCII", str(path))
     return "Bearer " + token
-
-
-async def _from_kubeconfig(path: str, clock: Clock, on_error: Callable[[KubeError], None] | None) -> KubeClient:
-    # the client of all API objects takes 2 MiB
-    with lazy_imports.placeholder("kubernetes_asyncio.client", "ApiClient"):
-        from kubernetes_asyncio.config.kube_config import load_kube_config  # noqa: PLC0415 - no pod needs it
-
-    async def load() -> Configuration:
-        """Raises OSError if the file is not usable."""
-        configuration = Configuration()
-        try:
-            await load_kube_config(config_file=path, client_configuration=configuration, persist_config=False)
-        except (ConfigException, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
-            msg = f"kubeconfig {path} is not valid: {error}"
-            raise OSError(msg) from error
-        token = configuration.api_key.get("BearerToken")
-        if token:
-            configuration.api_key["BearerToken"] = token.strip()
-        return configuration
-
-    async def reload_token() -> str | None:
-        header: str | None = (await load()).api_key.get("BearerToken")
-        return header
-
-    if not _any_file(path):
-        raise ConfigError(path, [f"kubeconfig {path} not found; use --kubeconfig or KUBECONFIG, or run in a pod"])
-    try:
-        configuration = await load()
-    except OSError as error:
-        raise ConfigError(path, [_message_of(error)]) from error
-    return KubeClient(configuration, reload_token, clock, on_error=on_error)
-
-
-def _any_file(path: str) -> bool:
-    return any(Path(part).expanduser().is_file() for part in path.split(os.pathsep) if part)
 
 
 @contextlib.contextmanager

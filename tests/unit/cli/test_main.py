@@ -163,3 +163,17 @@ def test_kubectl_has_only_the_commands_for_people(command: str, capsys: pytest.C
     assert ended.value.code == Exit.USAGE
     assert f"invalid choice: '{command}'" in capsys.readouterr().err
     assert command in parser().format_help()
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("10s", 10.0), ("500ms", 0.5), ("2m", 120.0), ("1.5", 1.5), ("1h", 3600.0), ("0", None)]
+)
+def test_a_request_timeout_is_a_time_as_kubectl_takes_it(text: str, seconds: float | None) -> None:
+    assert parser().parse_args(["nodes", "--request-timeout", text]).request_timeout == seconds
+
+
+@pytest.mark.parametrize("text", ["", "s", "-1s", "10 s", "1d", "9999999s"])
+def test_another_request_timeout_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parser().parse_args(["nodes", f"--request-timeout={text}"])
+    assert "must be a time such as 500ms, 10s, 2m or 0" in capsys.readouterr().err
