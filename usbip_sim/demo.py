@@ -64,6 +64,8 @@ async def run(say: Callable[[str], None], *, real_kernel: bool = False, screen: 
     """
     with tempfile.TemporaryDirectory(prefix="usbip-") as directory:
         make_driver = _real_driver(Path(directory)) if real_kernel else None
+        if make_driver is not None:
+            await make_driver("node-a", SimulatedKernel(SystemClock())).ports()
         async with asyncio.timeout(DEMO_TIMEOUT):
             return await _Demo(say, screen, Path(directory), make_driver).run()
 

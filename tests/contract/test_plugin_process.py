@@ -297,6 +297,25 @@ def test_an_address_that_is_not_valid_is_an_error_of_the_command_line(
     assert f"{flag}: '8080' is not a valid listen address" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flag", "name"), [("--domain", "Not Valid!"), ("--node-name", "Bad_Name"), ("--domain", "a..b")]
+)
+def test_a_name_that_no_api_server_takes_is_an_error_of_the_command_line(
+    places: Places, capsys: pytest.CaptureFixture[str], flag: str, name: str
+) -> None:
+    assert main(["run", *places.flags(), flag, name]) == Exit.USAGE
+    assert f"{flag}: {name!r} is not a valid DNS name; expected " in capsys.readouterr().err
+
+
+def test_an_address_that_the_file_sets_is_an_error_of_the_file(
+    places: Places, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = tmp_path / "listen.yaml"
+    config.write_text("listen: banana\nresources: {}\n")
+    assert main(["run", *places.flags(), "--config", str(config)]) == Exit.USAGE
+    assert f"{config}: 1 problem\nlisten: 'banana' is not a valid listen address" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("works", [True, False])
 def test_the_process_releases_memory_after_its_start(
     monkeypatch: pytest.MonkeyPatch, places: Places, works: bool

@@ -107,6 +107,13 @@ def test_a_socket_in_use_is_logged_and_exits_with_1(home: Path, capsys: pytest.C
     assert f"another simulated kernel listens on {path}" in line["cause"]
 
 
+def test_a_socket_in_no_directory_is_an_error_and_creates_none(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = home / "absent"
+    assert main(["simulate", "kernel", "--socket", str(directory / "kernel.sock")]) == 1
+    assert f"the directory {directory} does not exist; create it" in capsys.readouterr().out
+    assert not directory.exists()
+
+
 async def devices_of(record: logging.LogRecord) -> list[str]:
     """Returns the devices that a server lists, given its log record "serving"."""
     host, port = vars(record)["address"].rsplit(":", 1)

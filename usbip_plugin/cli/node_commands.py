@@ -8,6 +8,7 @@ import importlib
 import logging
 import platform
 import random
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+MAX_DNS_NAME = 253
+"""Characters of a DNS name: of a node, and of the domain of the resource names."""
+_DNS_NAME = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*", re.ASCII)
+
 
 def _first(*values: str | None) -> str:
     return next(value for value in values if value is not None)
@@ -51,6 +56,7 @@ def run(options: argparse.Namespace) -> int:
     if not options.node_name:
         cure = "pass it, or set NODE_NAME (downward API: spec.nodeName)"
         raise ConfigError("command line", [f"--node-name: missing; {cure}"])
+    _dns_name(options.node_name, "command line", "--node-name")
     loaded = _load(options)
     settings = loaded.config.settings
     level = _first(options.log_level, settings.log_level, DEFAULT_LOG_LEVEL)
@@ -100,31 +106,43 @@ def _driver_of(options: argparse.Namespace) -> MakeDriver:
     return simulated
 
 
-def _addresses(flag: str, listen: str) -> str:
+def _dns_name(text: str, source: str, key: str) -> str:
+    """Returns the text if it is a DNS name (RFC 1123), else raises ConfigError."""
+    if len(text) > MAX_DNS_NAME or not _DNS_NAME.fullmatch(text):
+        form = "expected lower-case letters, digits, - and ., as in worker-1.example.org"
+        raise ConfigError(source, [f"{key}: {text[:MAX_DNS_NAME]!r} is not a valid DNS name; {form}"])
+    return text
+
+
+def _addresses(listen: str, source: str, key: str) -> str:
     from usbip_plugin.observe.listen import split_addresses  # noqa: PLC0415
 
     try:
         if listen:
             split_addresses(listen)
     except ValueError as error:
-        raise ConfigError("command line", [f"--{flag}: {error}"]) from error
+        raise ConfigError(source, [f"{key}: {error}"]) from error
     return listen
 
 
 def _process_options(options: argparse.Namespace, settings: FileSettings) -> Options:
     from usbip_plugin.node.daemon import Options  # noqa: PLC0415
 
+    flag, file = "command line", str(options.config)
+    domain = _first(options.domain, settings.domain, DEFAULT_DOMAIN)
+    listen = _first(getattr(options, "listen", None), settings.listen, DEFAULT_LISTEN)
+    listen_from = (file, "listen") if getattr(options, "listen", None) is None else (flag, "--listen")
     return Options(
         node=options.node_name or platform.node(),
         namespace=namespace_of(options.namespace),
         config=options.config,
-        domain=_first(options.domain, settings.domain, DEFAULT_DOMAIN),
+        domain=_dns_name(domain, *((file, "domain") if options.domain is None else (flag, "--domain"))),
         plugin_directory=Path(_first(options.plugin_directory, settings.plugin_directory, DEFAULT_PLUGIN_DIRECTORY)),
         pod_resources_socket=Path(
             _first(options.pod_resources_socket, settings.pod_resources_socket, DEFAULT_POD_RESOURCES_SOCKET)
         ),
-        listen=_addresses("listen", _first(getattr(options, "listen", None), settings.listen, DEFAULT_LISTEN)),
-        probes=_addresses("probes", getattr(options, "probes", "")),
+        listen=_addresses(listen, *listen_from),
+        probes=_addresses(getattr(options, "probes", ""), flag, "--probes"),
         kubeconfig=options.kubeconfig,
         cdi_directory=options.cdi_directory,
         allow_extras=options.allow_extras,

@@ -211,8 +211,10 @@ def _listen(path: Path) -> socket.socket:
         with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)) as probe:
             try:
                 probe.connect(str(path))
-            except FileNotFoundError:
-                path.parent.mkdir(parents=True, exist_ok=True)
+            except FileNotFoundError as error:
+                if not path.parent.is_dir():
+                    missing = f"--socket {path}: the directory {path.parent} does not exist; create it"
+                    raise FileNotFoundError(missing) from error
             except ConnectionRefusedError:
                 path.unlink()
             else:
