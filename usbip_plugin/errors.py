@@ -377,6 +377,10 @@ class KubeGone(KubeError):
     """The API server answered 410: the resourceVersion is compacted away. The caller must list again."""
 
 
+class KubeMisdirected(KubeError):
+    """A pod behind the API server answered 421: it has no page by the host name of the request."""
+
+
 class KubeThrottled(KubeError):
     """The API server answered 429: too many requests, or a PodDisruptionBudget forbids an eviction now.
 

@@ -297,6 +297,85 @@ async def test_servers_lists_what_each_server_answers(cluster: Cluster, terminal
     assert (row["reachable"], row["listed"], "refused" in row["problem"]) == ("no", None, True)
 
 
+def event(note: str, namespace: str = "default", **more: object) -> dict[str, object]:
+    return {
+        "metadata": {"name": note[:8], "namespace": namespace, "uid": note},
+        "type": "Warning",
+        "reason": "DeviceLost",
+        "note": note,
+        "regarding": {"kind": "Pod", "namespace": namespace, "name": "other"},
+        "reportingController": "usbip.dev/usbip-plugin",
+        "eventTime": datetime.now(UTC).isoformat(),
+    } | more
+
+
+async def test_events_are_those_of_the_device_its_pod_and_its_resource(cluster: Cluster, terminal: Terminal) -> None:
+    cluster.configure()
+    ours = {"kind": "Pod", "namespace": "default", "name": "reader"}
+    events = (
+        event(f"{cluster.held} lost"),
+        event(f"{cluster.free} lost"),
+        event("pulled image", regarding=ours, reportingController="kubelet", reason="Pulled"),
+        event("Insufficient usbip.dev/stick", "b", reason="FailedScheduling", reportingController="scheduler"),
+    )
+    for number, (namespace, found) in enumerate(zip(("default", "default", "default", "b"), events, strict=True)):
+        cluster.api.objects[f"/apis/events.k8s.io/v1/namespaces/{namespace}/events/{number}"] = found
+
+    async def notes(*arguments: str) -> set[str]:
+        ran = await terminal.run("events", cluster.held.id, "-o", "json", *arguments)
+        assert ran.status == Exit.DONE
+        return {row["note"] for row in json.loads(ran.out)}
+
+    wanted = {f"{cluster.held} lost", "pulled image"}
+    assert await notes() == wanted | {"Insufficient usbip.dev/stick"}
+    cluster.api.refused["list events"] = 403
+    assert (await terminal.run("events", cluster.held.id)).status == Exit.PROBLEM
+    del cluster.api.refused["list events"]
+    ran = await terminal.run("events", "1-2")
+    assert ran.out.splitlines()[0].split() == ["LAST", "TYPE", "REASON", "OBJECT", "NOTE"]
+    assert (await terminal.run("events", "9-9")).status == Exit.NO_DEVICE
+
+
+async def test_trace_puts_the_spans_of_all_nodes_into_one_tree(cluster: Cluster, terminal: Terminal) -> None:
+    cluster.configure()
+    trace_id = "a" * 32
+    held = cluster.leases.leases[cluster.held.id]
+    notes = {**held.annotations, "usbip.dev/traceparent": f"00-{trace_id}-{'b' * 16}-01"}
+    cluster.leases.replace(replace(held, annotations=notes))
+    pods = f"/api/v1/namespaces/{NAMESPACE}/pods"
+    other = json.loads(json.dumps(cluster.api.objects[f"{pods}/usbip-plugin-x"]))
+    other["metadata"]["name"], other["spec"]["nodeName"] = "usbip-plugin-y", "node-b"
+    cluster.api.objects[f"{pods}/usbip-plugin-y"] = other
+    ran = await terminal.run("trace", cluster.held.id)
+    assert (ran.status, "no plugin has a trace of" in ran.err) == (Exit.PROBLEM, True)
+    for pod, node, parent in (("x", "node-a", None), ("y", "node-b", "node-a")):
+        span = {"span_id": node, "parent_id": parent, "name": f"on {node}", "node": node, "seconds": 1, "start": node}
+        page = f"{pods}/http:usbip-plugin-{pod}:13240/proxy/api/traces/{trace_id}"
+        cluster.api.objects[page] = {"trace_id": trace_id, "spans": [span]}
+    ran = await terminal.run("trace", cluster.held.id)
+    assert (ran.status, ran.err) == (Exit.DONE, "")
+    assert ran.out.splitlines() == [
+        f"{cluster.held}, trace {trace_id}",
+        "node-a  on node-a 1.00 s [node-a]",
+        "└─ on node-b 1.00 s [node-b]",
+    ]
+    found = json.loads((await terminal.run("trace", cluster.held.id, "-o", "json")).out)
+    assert [span["node"] for span in found["spans"]] == ["node-a", "node-b"]
+    cluster.api.refused["get pods/proxy"] = 403
+    ran = await terminal.run("trace", cluster.held.id)
+    assert (ran.status, "needs the right get pods/proxy" in ran.err) == (Exit.PROBLEM, True)
+
+
+async def test_trace_of_a_free_device_is_the_newest_that_a_plugin_has(cluster: Cluster, terminal: Terminal) -> None:
+    cluster.configure()
+    proxy = f"/api/v1/namespaces/{NAMESPACE}/pods/http:usbip-plugin-x:13240/proxy/api/traces"
+    summary = {"trace_id": "c" * 32, "device": str(cluster.free)}
+    cluster.api.objects[proxy] = {"schema": 1, "traces": [summary]}
+    cluster.api.objects[f"{proxy}/{'c' * 32}"] = {"spans": [{"span_id": "s", "name": "Allocate", "seconds": 0.5}]}
+    ran = await terminal.run("trace", "1-2")
+    assert (ran.status, "Allocate 500.0 ms" in ran.out) == (Exit.DONE, True)
+
+
 async def test_the_namespace_comes_from_the_flag_then_the_variable_then_the_pod(
     cluster: Cluster, terminal: Terminal, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

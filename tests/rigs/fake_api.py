@@ -320,8 +320,15 @@ def _listed(call: ApiRequest, path: str, found: Mapping[str, Any]) -> bool:
         return False
     labels = found["metadata"].get("labels", {})
     wanted = [pair.split("=") for pair in call.params.get("labelSelector", "").split(",") if pair]
-    node = call.params.get("fieldSelector", "").removeprefix("spec.nodeName=")
-    return all(labels.get(key) == value for key, value in wanted) and node in ("", found["spec"].get("nodeName"))
+    fields = [pair.split("=") for pair in call.params.get("fieldSelector", "").split(",") if pair]
+    has_labels = all(labels.get(key) == value for key, value in wanted)
+    return has_labels and all(_field(found, key) == value for key, value in fields)
+
+
+def _field(found: Any, path: str) -> Any:
+    for part in path.split("."):
+        found = (found or {}).get(part)
+    return found
 
 
 def _lease(body: Mapping[str, Any]) -> Lease:

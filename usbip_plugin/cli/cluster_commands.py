@@ -7,25 +7,23 @@ import asyncio
 import contextlib
 import dataclasses
 import sys
-from collections.abc import AsyncIterator
 
-from usbip_plugin.cli.explain import DeviceDetails, render
 from usbip_plugin.cli.explain import explain as explanation_of
-from usbip_plugin.cli.lookup import DEVLIST_TIMEOUT_S, DeviceLookup, find_config, mapping
+from usbip_plugin.cli.explain import render
+from usbip_plugin.cli.lookup import DEVLIST_TIMEOUT_S, find_config, mapping
 from usbip_plugin.cli.parser import Exit
 from usbip_plugin.cli.prune import prune as remove
 from usbip_plugin.cli.prune import removable, summary
 from usbip_plugin.cli.release import impact, refusal
 from usbip_plugin.cli.release import release as carry_out
-from usbip_plugin.cli.sources import connected
+from usbip_plugin.cli.sources import connected, one_device
 from usbip_plugin.cli.tables import paint, structured, wants_colour
 from usbip_plugin.clock import Clock, SystemClock
-from usbip_plugin.config.schema import DEFAULT_DOMAIN
 from usbip_plugin.errors import PluginError, PruneRefused, ReleaseRefused, UsbipError
 from usbip_plugin.kube.client import KubeClient
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.locks.locked_devices import LockedDevice, known_devices
-from usbip_plugin.locks.record import SESSION_LABELS, LeaseStore
+from usbip_plugin.locks.record import SESSION_LABELS
 from usbip_plugin.model import ServerKey
 from usbip_plugin.usbip.client import TcpUsbipClient
 
@@ -38,7 +36,7 @@ async def read_devices(options: argparse.Namespace) -> tuple[LockedDevice, ...]:
 
 async def explain(options: argparse.Namespace) -> int:
     """Carries out `usbip-plugin explain DEVICE`."""
-    async with _details(options) as (details, _store):
+    async with one_device(options) as (_kube, _namespace, details):
         found = explanation_of(details)
     if options.output == "text":
         _say(render(found, colour=wants_colour(sys.stdout)))
@@ -54,7 +52,7 @@ async def release(options: argparse.Namespace) -> int:
     Raises ReleaseRefused without --force if the device may be attached, if the release is not confirmed, or if the
     lock has changed meanwhile.
     """
-    async with _details(options) as (details, store):
+    async with one_device(options) as (kube, namespace, details):
         if not details.holder or details.known is None:
             _say(f"{details.device} has no holder; there is nothing to release.")
             return Exit.DONE
@@ -70,7 +68,7 @@ async def release(options: argparse.Namespace) -> int:
         question = f"Take {details.device} from node {details.holder}?"
         if not options.yes and not await _confirmed(question, ReleaseRefused, "not released"):
             raise ReleaseRefused("not released: not confirmed")
-        await carry_out(store, details.known, SystemClock().now())
+        await carry_out(KubernetesLeases(kube, namespace), details.known, SystemClock().now())
         _say(f"Released. {details.device} is available to the first pod that requests it.")
     return Exit.DONE
 
@@ -137,18 +135,6 @@ async def _confirmed(question: str, refused: type[PluginError], not_done: str) -
     print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)  # noqa: T201
     answer = await asyncio.to_thread(sys.stdin.readline)
     return answer.strip().lower() in ("y", "yes")
-
-
-@contextlib.asynccontextmanager
-async def _details(options: argparse.Namespace) -> AsyncIterator[tuple[DeviceDetails, LeaseStore]]:
-    clock = SystemClock()
-    async with connected(options) as (kube, namespace):
-        store = KubernetesLeases(kube, namespace)
-        config, source = await find_config(options, kube, namespace)
-        with contextlib.closing(TcpUsbipClient(clock)) as client:
-            domain = options.domain or (config.settings.domain if config is not None else None) or DEFAULT_DOMAIN
-            lookup = DeviceLookup(store, kube, client, clock, namespace, domain, config, source)
-            yield await lookup.about(options.device), store
 
 
 def _say(text: str) -> None:

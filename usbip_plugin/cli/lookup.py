@@ -20,7 +20,7 @@ from usbip_plugin.cli.survey import Survey
 from usbip_plugin.clock import Clock
 from usbip_plugin.config.parse import parse_config
 from usbip_plugin.config.reload import load_config
-from usbip_plugin.config.schema import DEFAULT_CONFIG_PATH, Config
+from usbip_plugin.config.schema import DEFAULT_CONFIG_PATH, DEFAULT_DOMAIN, Config
 from usbip_plugin.errors import AmbiguousDevice, ConfigError, KubeError, KubeNotFound, NoSuchDevice, UsbipError
 from usbip_plugin.kube.client import Api
 from usbip_plugin.locks.locked_devices import known_devices
@@ -258,6 +258,11 @@ async def find_config(options: argparse.Namespace, kube: Api, namespace: str) ->
         return None, f"{name} cannot be read: {error}"
     except ConfigError as error:
         return None, f"{name} cannot be used: {error.problems[0]}"
+
+
+def domain_of(options: argparse.Namespace, config: Config | None) -> str:
+    """Returns the domain of the resource names: of the flag, else of the configuration, else the default."""
+    return options.domain or (config.settings.domain if config is not None else None) or DEFAULT_DOMAIN
 
 
 def mapping(value: Any) -> Mapping[str, Any]:

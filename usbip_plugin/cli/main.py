@@ -78,6 +78,10 @@ def _run(options: argparse.Namespace) -> int:
             from usbip_plugin.cli import list_commands  # noqa: PLC0415
 
             return _run_async(list_commands, options)
+        case "events" | "trace":
+            from usbip_plugin.cli import history_commands  # noqa: PLC0415
+
+            return _run_async(history_commands, options)
         case "explain" | "release" | "prune":
             from usbip_plugin.cli import cluster_commands  # noqa: PLC0415
 

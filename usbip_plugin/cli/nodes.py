@@ -74,12 +74,12 @@ def _node_row(
 
 
 def module_of(page: Mapping[str, Any] | None) -> str | None:
-    """Returns whether vhci_hcd is "loaded" or "missing" by a node's /api/status; None if the page does not show it."""
+    """Returns "loaded", "missing" or "unusable" for vhci_hcd by a node's /api/status; None if that does not show it."""
     if page is None:
         return None
-    kernel = mapping(page.get("kernel"))
-    if isinstance(loaded := kernel.get("loaded"), bool):
-        return "loaded" if loaded else "missing"
+    if "driver" in page:
+        error = mapping(page["driver"]).get("error")
+        return "loaded" if error is None else "missing" if "not loaded" in str(error) else "unusable"
     codes = {mapping(device).get("reason_code") for device in _items(page.get("devices"))}
     if Reason.NO_DRIVER.code in codes:
         return "missing"

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from usbip_plugin.cli import lookup
+from usbip_plugin.cli.lookup import mapping
 from usbip_plugin.cli.sources import PluginPod
-from usbip_plugin.errors import KubeError, KubeForbidden
-from usbip_plugin.kube.client import Api
+from usbip_plugin.errors import KubeError, KubeForbidden, KubeMisdirected, KubeServerError
+from usbip_plugin.kube.client import KubeClient
 
 RIGHT = "get pods/proxy in the plugin's namespace"
 MAX_PAGES = 100
@@ -20,19 +22,29 @@ PARALLEL = 8
 _POD = re.compile("[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
 
 
-async def read_page(kube: Api, namespace: str, pod: PluginPod, path: str) -> dict[str, Any]:
-    """Returns the JSON object at a path of the pod's status page, such as /api/status. Raises KubeError."""
+async def read_page(kube: KubeClient, namespace: str, pod: PluginPod, path: str) -> Any:
+    """Returns the JSON at a path of the pod's status page, such as /api/status. Raises KubeError."""
     if not _POD.fullmatch(pod.name) or pod.port is None:
         raise KubeError("get", "pods/proxy", f"pod {pod.name} has no port named http")
     proxy = f"/api/v1/namespaces/{namespace}/pods/http:{pod.name}:{pod.port}/proxy{path}"
-    return await kube.request("get", proxy, resource="pods/proxy", timeout=lookup.REQUEST_TIMEOUT_S)
+    for host in (None, "localhost"):
+        try:
+            text = await kube.text(proxy, resource="pods/proxy", host=host, timeout=lookup.REQUEST_TIMEOUT_S)
+            return json.loads(text)
+        except KubeMisdirected:
+            # the plugin serves its pages by address, node name and localhost, not by the API server's DNS name
+            if host is not None:
+                raise
+        except (ValueError, RecursionError) as error:
+            raise KubeServerError("get", "pods/proxy", f"the page {path} of pod {pod.name} is not JSON") from error
+    return None
 
 
 async def read_statuses(
-    kube: Api, namespace: str, pods: Sequence[PluginPod]
-) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    kube: KubeClient, namespace: str, pods: Sequence[PluginPod]
+) -> tuple[dict[str, Mapping[str, Any]], list[str]]:
     """Returns the /api/status of each pod that answers, by pod name, and why others are missing, in sentences."""
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, Mapping[str, Any]] = {}
     failed: list[KubeError] = []
     slots = asyncio.Semaphore(PARALLEL)
 
@@ -41,7 +53,7 @@ async def read_statuses(
             if failed and isinstance(failed[0], KubeForbidden):
                 return  # so are all others
             try:
-                found[pod.name] = await read_page(kube, namespace, pod, "/api/status")
+                found[pod.name] = mapping(await read_page(kube, namespace, pod, "/api/status"))
             except KubeError as error:
                 failed.append(error)
 

@@ -69,6 +69,7 @@ FORMATS = ("table", "wide", "json", "yaml", "name")
 TEXT_FORMATS = ("text", "json", "yaml")
 STDIN = "-"
 """The FILE of `validate` that stands for standard input."""
+NO_HEADERS = "leave out the names of the columns"
 DEVICE = "DEVICE"
 DEVICE_HELP = (
     "its ID, SERVER/BUSID, bus ID, serial number, a resource that selects no other device, or a unique prefix of any "
@@ -97,6 +98,15 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     explain = commands.add_parser("explain", help="explain why a device is (un)available and what to do")
     _device_arguments(explain)
     explain.add_argument("-o", "--output", choices=TEXT_FORMATS, default="text", help=form)
+
+    events = commands.add_parser("events", help="list the Kubernetes Events about a device, its pod and its resources")
+    _device_arguments(events)
+    events.add_argument("-o", "--output", choices=FORMATS, default="table", help=f"{form}; name: only names")
+    events.add_argument("--no-headers", action="store_true", help=NO_HEADERS)
+
+    trace = commands.add_parser("trace", help="show the last trace of a device, from the status pages of all nodes")
+    _device_arguments(trace)
+    trace.add_argument("-o", "--output", choices=TEXT_FORMATS, default="text", help=form)
 
     release = commands.add_parser(
         "release",
@@ -162,7 +172,7 @@ def _list_flags(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     for command in (devices, nodes, servers):
         form = "output format (default %(default)s); name: only IDs or names"
         command.add_argument("-o", "--output", choices=FORMATS, default="table", help=form)
-        command.add_argument("--no-headers", action="store_true", help="leave out the names of the columns")
+        command.add_argument("--no-headers", action="store_true", help=NO_HEADERS)
     devices.add_argument("-w", "--watch", action="store_true", help="after the list, show each device that changes")
     devices.add_argument("--resource", metavar="NAME", help="only devices of this resource, with or without its domain")
     devices.add_argument("--node", metavar="NAME", help="only devices that this node holds")

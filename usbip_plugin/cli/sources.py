@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from usbip_plugin.cli import lookup
-from usbip_plugin.cli.lookup import ask_servers, find_config, mapping
+from usbip_plugin.cli.explain import DeviceDetails
+from usbip_plugin.cli.lookup import DeviceLookup, ask_servers, domain_of, find_config, mapping
 from usbip_plugin.cli.namespace import namespace_of
 from usbip_plugin.cli.parser import PLUGIN_LABEL
 from usbip_plugin.cli.survey import Survey
 from usbip_plugin.clock import Clock, SystemClock
-from usbip_plugin.config.schema import DEFAULT_DOMAIN, Config
+from usbip_plugin.config.schema import Config
 from usbip_plugin.errors import KubeError, KubeUnauthorized, KubeUnreachable
 from usbip_plugin.kube.client import Api, KubeClient, connect
 from usbip_plugin.locks.kubernetes import KubernetesLeases
@@ -101,6 +102,22 @@ async def connected(options: argparse.Namespace) -> AsyncIterator[tuple[KubeClie
         await kube.close()
 
 
+@contextlib.asynccontextmanager
+async def one_device(options: argparse.Namespace) -> AsyncIterator[tuple[KubeClient, str, DeviceDetails]]:
+    """Yields the client, the namespace of the Leases, and the device that the command names.
+
+    Raises ConfigError, KubeError, NoSuchDevice or AmbiguousDevice.
+    """
+    clock = SystemClock()
+    async with connected(options) as (kube, namespace):
+        config, source = await find_config(options, kube, namespace)
+        with contextlib.closing(TcpUsbipClient(clock)) as client:
+            store, domain = KubernetesLeases(kube, namespace), domain_of(options, config)
+            about = DeviceLookup(store, kube, client, clock, namespace, domain, config, source)
+            details = await about.about(options.device)
+        yield kube, namespace, details
+
+
 async def read_sources(
     options: argparse.Namespace, kube: KubeClient, namespace: str, *, ask: bool = True, clock: Clock | None = None
 ) -> Sources:
@@ -111,11 +128,11 @@ async def read_sources(
     """
     clock = clock or SystemClock()
     config, source = await find_config(options, kube, namespace)
-    domain = options.domain or (config.settings.domain if config is not None else None) or DEFAULT_DOMAIN
+    domain = domain_of(options, config)
     async with asyncio.TaskGroup() as tasks:
         locks_task = tasks.create_task(_tried(known_devices(KubernetesLeases(kube, namespace))))
-        nodes_task = tasks.create_task(_tried(_read_nodes(kube, domain)))
-        plugins_task = tasks.create_task(_tried(_read_plugins(kube, namespace)))
+        nodes_task = tasks.create_task(_tried(read_nodes(kube, domain)))
+        plugins_task = tasks.create_task(_tried(read_plugins(kube, namespace)))
     locks, nodes, plugins = locks_task.result(), nodes_task.result(), plugins_task.result()
     if isinstance(locks, KubeError) and (config is None or isinstance(locks, KubeUnreachable | KubeUnauthorized)):
         raise locks
@@ -155,7 +172,8 @@ async def _tried(reading: Awaitable[T]) -> T | KubeError:
         return error
 
 
-async def _read_nodes(kube: Api, domain: str) -> tuple[NodeReading, ...]:
+async def read_nodes(kube: Api, domain: str) -> tuple[NodeReading, ...]:
+    """Returns all nodes, by name. Raises KubeError."""
     found: list[NodeReading] = []
     pages = kube.pages("/api/v1/nodes", resource="nodes", timeout=lookup.REQUEST_TIMEOUT_S)
     async with contextlib.aclosing(pages):
@@ -164,7 +182,8 @@ async def _read_nodes(kube: Api, domain: str) -> tuple[NodeReading, ...]:
     return tuple(sorted(found, key=lambda node: node.name))
 
 
-async def _read_plugins(kube: Api, namespace: str) -> tuple[PluginPod, ...]:
+async def read_plugins(kube: Api, namespace: str) -> tuple[PluginPod, ...]:
+    """Returns the pods of the plugin, by node. Raises KubeError."""
     path, params = f"/api/v1/namespaces/{namespace}/pods", {"labelSelector": PLUGIN_LABEL}
     found: list[PluginPod] = []
     pages = kube.pages(path, resource="pods", params=params, timeout=lookup.REQUEST_TIMEOUT_S)

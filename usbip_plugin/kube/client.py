@@ -166,6 +166,25 @@ class KubeClient:
         with self._reported():
             return decoded(await self._body(verb, path, resource, params, body, timeout), verb, resource)
 
+    async def text(
+        self,
+        path: str,
+        *,
+        resource: str,
+        params: Params | None = None,
+        host: str | None = None,
+        most: int = MAX_BODY_BYTES,
+        timeout: float = REQUEST_TIMEOUT_S,
+    ) -> str:
+        """Returns the answer to a GET that may be no JSON object: a log, or the page of a pod.
+
+        host: the Host header, which the API server hands on to a pod. most: bytes; KubeTooLong for a longer answer.
+        """
+        with self._reported():
+            return (await self._body("get", path, resource, params, None, timeout, most, host)).decode(
+                "utf-8", "replace"
+            )
+
     async def list(
         self, path: str, *, resource: str, params: Params | None = None, timeout: float = LIST_TIMEOUT_S
     ) -> dict[str, Any]:
@@ -224,12 +243,13 @@ class KubeClient:
         body: Any,
         timeout: float,
         most: int = MAX_BODY_BYTES,
+        host: str | None = None,
     ) -> bytes:
         """Sends a request and returns the body of its answer, of at most so many bytes."""
         timeout = self._request_timeout or timeout
         with _translated(verb, resource):
             async with self._clock.timeout(timeout):
-                response = await self._send(verb, path, resource, params, body, timeout)
+                response = await self._send(verb, path, resource, params, body, timeout, host)
                 async with response:
                     return await whole(response.content.iter_any(), verb, resource, most)
 
@@ -242,7 +262,14 @@ class KubeClient:
             raise
 
     async def _send(
-        self, verb: str, path: str, resource: str, params: Params | None, body: Any, timeout: float | None
+        self,
+        verb: str,
+        path: str,
+        resource: str,
+        params: Params | None,
+        body: Any,
+        timeout: float | None,
+        host: str | None = None,
     ) -> aiohttp.ClientResponse:
         """Returns the response to a request that was accepted (2xx), with its body still unread.
 
@@ -253,6 +280,8 @@ class KubeClient:
             kind = "application/merge-patch+json" if verb == "patch" else "application/json"
             # not compressed: a short answer could be unpacked to a long one before its length is known
             headers = {"Accept": "application/json", "Accept-Encoding": "identity", "Content-Type": kind}
+            if host is not None:
+                headers["Host"] = host
             if self._authorization:
                 headers["Authorization"] = self._authorization
             response: aiohttp.ClientResponse = await self._rest.request(

@@ -12,6 +12,7 @@ from usbip_plugin.errors import (
     KubeError,
     KubeForbidden,
     KubeGone,
+    KubeMisdirected,
     KubeNotFound,
     KubeServerError,
     KubeThrottled,
@@ -123,6 +124,7 @@ def error_of(code: int, status: Mapping[str, Any], verb: str, resource: str, ret
         404: KubeNotFound,
         409: KubeConflict,
         410: KubeGone,
+        421: KubeMisdirected,
     }
     if code in kinds:
         return kinds[code](verb, resource, message)

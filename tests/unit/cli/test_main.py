@@ -42,7 +42,7 @@ def complete(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         yield run
 
 
-COMMANDS = ["devices", "nodes", "servers", "explain", "release", "prune", "validate"]
+COMMANDS = ["devices", "nodes", "servers", "explain", "events", "trace", "release", "prune", "validate"]
 
 
 @pytest.mark.parametrize(
