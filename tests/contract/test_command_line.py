@@ -302,9 +302,9 @@ def event(note: str, namespace: str = "default", **more: object) -> dict[str, ob
         "metadata": {"name": note[:8], "namespace": namespace, "uid": note},
         "type": "Warning",
         "reason": "DeviceLost",
-        "note": note,
-        "regarding": {"kind": "Pod", "namespace": namespace, "name": "other"},
-        "reportingController": "usbip.dev/usbip-plugin",
+        "message": note,
+        "involvedObject": {"kind": "Pod", "namespace": namespace, "name": "other"},
+        "reportingComponent": "usbip.dev/usbip-plugin",
         "eventTime": datetime.now(UTC).isoformat(),
     } | more
 
@@ -315,11 +315,11 @@ async def test_events_are_those_of_the_device_its_pod_and_its_resource(cluster: 
     events = (
         event(f"{cluster.held} lost"),
         event(f"{cluster.free} lost"),
-        event("pulled image", regarding=ours, reportingController="kubelet", reason="Pulled"),
-        event("Insufficient usbip.dev/stick", "b", reason="FailedScheduling", reportingController="scheduler"),
+        event("pulled image", involvedObject=ours, reportingComponent="kubelet", reason="Pulled"),
+        event("Insufficient usbip.dev/stick", "b", reason="FailedScheduling", reportingComponent="scheduler"),
     )
     for number, (namespace, found) in enumerate(zip(("default", "default", "default", "b"), events, strict=True)):
-        cluster.api.objects[f"/apis/events.k8s.io/v1/namespaces/{namespace}/events/{number}"] = found
+        cluster.api.objects[f"/api/v1/namespaces/{namespace}/events/{number}"] = found
 
     async def notes(*arguments: str) -> set[str]:
         ran = await terminal.run("events", cluster.held.id, "-o", "json", *arguments)

@@ -34,7 +34,7 @@ class Subject:
 
 
 def event_rows(events: Iterable[Mapping[str, Any]], subject: Subject, now: datetime) -> list[Row]:
-    """Returns a row for each Event of events.k8s.io/v1 that is about the subject, the latest last."""
+    """Returns a row for each Event of the core API that is about the subject, the latest last."""
     found: dict[str, tuple[datetime, Row]] = {}
     for event in events:
         if concerns(event, subject):
@@ -44,13 +44,13 @@ def event_rows(events: Iterable[Mapping[str, Any]], subject: Subject, now: datet
 
 
 def concerns(event: Mapping[str, Any], subject: Subject) -> bool:
-    regarding, note = mapping(event.get("regarding")), str(event.get("note") or "")
-    kind, name = regarding.get("kind"), regarding.get("name")
+    about, note = mapping(event.get("involvedObject")), str(event.get("message") or "")
+    kind, name = about.get("kind"), about.get("name")
     if kind == "Lease" and name == subject.lease:
         return True
     pod = subject.pod
-    if kind == "Pod" and pod is not None and (regarding.get("namespace"), name) == (pod.namespace, pod.name):
-        return pod.uid is None or regarding.get("uid") in (None, pod.uid)
+    if kind == "Pod" and pod is not None and (about.get("namespace"), name) == (pod.namespace, pod.name):
+        return pod.uid is None or about.get("uid") in (None, pod.uid)
     return any(_names(note, one) for one in subject.names)
 
 
@@ -70,7 +70,7 @@ def last_time(event: Mapping[str, Any]) -> datetime | None:
     """Returns when the Event was last observed."""
     series = mapping(event.get("series"))
     for text in (
-        *(series.get("lastObservedTime"), event.get("deprecatedLastTimestamp"), event.get("eventTime")),
+        *(series.get("lastObservedTime"), event.get("lastTimestamp"), event.get("eventTime")),
         mapping(event.get("metadata")).get("creationTimestamp"),
     ):
         if isinstance(text, str):
@@ -83,17 +83,17 @@ def last_time(event: Mapping[str, Any]) -> datetime | None:
 
 
 def _row(event: Mapping[str, Any], when: datetime, now: datetime) -> Row:
-    regarding, series = mapping(event.get("regarding")), mapping(event.get("series"))
-    count = series.get("count") or event.get("deprecatedCount") or 1
-    place = f"{regarding.get('namespace')}/" if regarding.get("kind") == "Pod" and regarding.get("namespace") else ""
+    about, series = mapping(event.get("involvedObject")), mapping(event.get("series"))
+    count = series.get("count") or event.get("count") or 1
+    place = f"{about.get('namespace')}/" if about.get("kind") == "Pod" and about.get("namespace") else ""
     return {
         "name": str(mapping(event.get("metadata")).get("name") or "") or None,
         "last": age((now - when).total_seconds()),
         "time": stamp(when.astimezone(UTC)),
         "type": str(event.get("type") or ""),
         "reason": str(event.get("reason") or ""),
-        "object": f"{str(regarding.get('kind') or '').lower()}/{place}{regarding.get('name') or ''}",
+        "object": f"{str(about.get('kind') or '').lower()}/{place}{about.get('name') or ''}",
         "count": count if isinstance(count, int) else 1,
-        "reporter": str(event.get("reportingController") or "") or None,
-        "note": " ".join(str(event.get("note") or "")[:MAX_TEXT].split()),
+        "reporter": str(event.get("reportingComponent") or "") or None,
+        "note": " ".join(str(event.get("message") or "")[:MAX_TEXT].split()),
     }

@@ -22,7 +22,6 @@ from usbip_plugin.errors import CommandError, KubeError, KubeForbidden, KubeNotF
 from usbip_plugin.kube.client import KubeClient
 from usbip_plugin.kube.events import CONTROLLER
 
-EVENTS = "events.events.k8s.io"
 MAX_EVENTS = 20_000
 """Events that one query reads. The API server keeps them for an hour."""
 PLUGIN_REASONS = ("FailedScheduling", "UnexpectedAdmissionError")
@@ -36,20 +35,20 @@ async def events(options: argparse.Namespace) -> int:
         resources = frozenset(offer.resource for offer in details.offers or ())
         pod = lock.pod if lock is not None else None
         subject = Subject(frozenset({details.device, details.device_id}) | resources, details.device_id, pod)
-        queries = [f"reportingController={CONTROLLER}", *(f"reason={reason}" for reason in PLUGIN_REASONS)]
+        queries = [f"reportingComponent={CONTROLLER}", *(f"reason={reason}" for reason in PLUGIN_REASONS)]
         found: list[Mapping[str, Any]] = []
         try:
             for query in queries:
-                found += await _events(kube, "/apis/events.k8s.io/v1/events", query)
+                found += await _events(kube, "/api/v1/events", query)
         except KubeForbidden as error:
             namespaces = {"default", *({pod.namespace} if pod is not None else ())}
             _note(f"Events of all namespaces cannot be read, only those of {', '.join(sorted(namespaces))}: {error}")
             for namespace in sorted(namespaces):
-                found += await _events(kube, f"/apis/events.k8s.io/v1/namespaces/{namespace}/events", "")
+                found += await _events(kube, f"/api/v1/namespaces/{namespace}/events", "")
         else:
             if pod is not None:
-                path = f"/apis/events.k8s.io/v1/namespaces/{pod.namespace}/events"
-                found += await _events(kube, path, f"regarding.kind=Pod,regarding.name={pod.name}")
+                path = f"/api/v1/namespaces/{pod.namespace}/events"
+                found += await _events(kube, path, f"involvedObject.kind=Pod,involvedObject.name={pod.name}")
     rows = event_rows(found, subject, details.now)
     if not rows and options.output in ("table", "wide"):
         _note(f"no Event about {details.device}; the API server keeps Events for an hour by default")
@@ -60,7 +59,7 @@ async def events(options: argparse.Namespace) -> int:
 async def _events(kube: KubeClient, path: str, query: str) -> list[Mapping[str, Any]]:
     found: list[Mapping[str, Any]] = []
     params = {"fieldSelector": query} if query else {}
-    async with contextlib.aclosing(kube.pages(path, resource=EVENTS, params=params)) as pages:
+    async with contextlib.aclosing(kube.pages(path, resource="events", params=params)) as pages:
         async for page in pages:
             found += [mapping(item) for item in page["items"]]
             if len(found) >= MAX_EVENTS:

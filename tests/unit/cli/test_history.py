@@ -22,8 +22,8 @@ def event(note: str = "", *, kind: str = "Node", name: str = "node-a", **more: A
         "metadata": {"name": f"{name}.1", "uid": f"{kind}-{name}-{note}"},
         "type": "Warning",
         "reason": "DeviceLost",
-        "note": note,
-        "regarding": {"kind": kind, "name": name} | more.pop("regarding", {}),
+        "message": note,
+        "involvedObject": {"kind": kind, "name": name} | more.pop("involved", {}),
         "eventTime": "2026-05-04T03:00:00.000000Z",
     } | more
 
@@ -40,9 +40,9 @@ def event(note: str = "", *, kind: str = "Node", name: str = "node-a", **more: A
         (event("3 Insufficient usbip.dev/stick-2."), False),
         (event(kind="Lease", name="usbip-abc"), True),
         (event(kind="Lease", name="usbip-xyz"), False),
-        (event(kind="Pod", name="reader", regarding={"namespace": "default", "uid": "uid-1"}), True),
-        (event(kind="Pod", name="reader", regarding={"namespace": "default", "uid": "uid-2"}), False),
-        (event(kind="Pod", name="reader", regarding={"namespace": "other"}), False),
+        (event(kind="Pod", name="reader", involved={"namespace": "default", "uid": "uid-1"}), True),
+        (event(kind="Pod", name="reader", involved={"namespace": "default", "uid": "uid-2"}), False),
+        (event(kind="Pod", name="reader", involved={"namespace": "other"}), False),
         ({}, False),
     ],
 )
@@ -52,7 +52,7 @@ def test_an_event_is_about_the_device_its_pod_its_lease_or_its_resource(found: d
 
 def test_events_are_sorted_by_their_last_time_and_shown_once() -> None:
     late = event("lab:3240/1-1 a", series={"count": 7, "lastObservedTime": "2026-05-04T03:59:00.000000Z"})
-    early = event("lab:3240/1-1 b\nagain", eventTime=None, deprecatedLastTimestamp="2026-05-04T02:00:00Z")
+    early = event("lab:3240/1-1 b\nagain", eventTime=None, lastTimestamp="2026-05-04T02:00:00Z")
     rows = event_rows([late, early, late], SUBJECT, NOW)
     assert [(row["last"], row["count"], row["note"]) for row in rows] == [
         ("2h", 1, "lab:3240/1-1 b again"),
