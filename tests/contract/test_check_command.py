@@ -127,3 +127,13 @@ async def test_cdi_directory_names_the_directory_to_check(here: Node, terminal: 
     here.places.cdi.rmdir()
     ran = await terminal.run("check")
     assert (ran.status, f"FAIL  CDI directory: {here.places.cdi} does not exist" in ran.out) == (1, True)
+
+
+async def test_the_report_as_json_has_every_finding_with_its_outcome_and_cure(here: Node, terminal: Terminal) -> None:
+    here.places.config.write_text("resources: [")
+    ran = await terminal.run("check", "-o", "json")
+    report = json.loads(ran.out)
+    assert (ran.status, report["node"], report["ok"]) == (1, "node-a", False)
+    outcomes = {finding["name"]: finding["outcome"] for finding in report["findings"]}
+    assert (outcomes["configuration"], outcomes["vhci_hcd"]) == ("fail", "ok")
+    assert all(finding.keys() == {"name", "outcome", "detail", "cure"} for finding in report["findings"])

@@ -17,7 +17,7 @@ import yaml
 
 from tests.rigs.command_rig import LIMIT_S, LOOPBACKS, Terminal, process_restored
 from tests.rigs.fake_api import NAMESPACE, SILENT, FakeApi, serving
-from usbip_plugin.cli import completion, list_commands
+from usbip_plugin.cli import completion, list_commands, remote_check
 from usbip_plugin.cli.completion import kubectl as kubectl_complete
 from usbip_plugin.cli.main import kubectl, main
 from usbip_plugin.cli.parser import DEFAULT_CONFIG_MAP, KUBECTL, Exit, parser
@@ -374,6 +374,91 @@ async def test_trace_of_a_free_device_is_the_newest_that_a_plugin_has(cluster: C
     cluster.api.objects[f"{proxy}/{'c' * 32}"] = {"spans": [{"span_id": "s", "name": "Allocate", "seconds": 0.5}]}
     ran = await terminal.run("trace", "1-2")
     assert (ran.status, "Allocate 500.0 ms" in ran.out) == (Exit.DONE, True)
+
+
+DAEMON_SET = f"/apis/apps/v1/namespaces/{NAMESPACE}/daemonsets/usbip-plugin"
+PODS = f"/api/v1/namespaces/{NAMESPACE}/pods"
+
+
+def add_daemon_set(cluster: Cluster) -> None:
+    document = yaml.safe_load((Path(__file__).parents[2] / "deploy/base/daemonset.yaml").read_text(encoding="utf-8"))
+    cluster.api.objects[DAEMON_SET] = document
+
+
+async def ended_pod(cluster: Cluster, state: dict[str, object]) -> str:
+    """Waits until a pod was created and is watched, and ends it. Returns its name."""
+
+    def created() -> list[str]:
+        return [call.body["metadata"]["name"] for call in cluster.api.requests if call.right == "create pods"]
+
+    await cluster.api.until(lambda: bool(created()) and "watch pods" in cluster.api.rights_used())
+    (name,) = created()
+    cluster.api.texts[f"{PODS}/{name}/log"] = "ok    vhci_hcd: 8 ports\n1 checks: 0 failed, 0 with warnings\n"
+    status = {"phase": "Failed", "containerStatuses": [{"state": state}]}
+    cluster.api.put(f"{PODS}/{name}", {"metadata": {"name": name}, "spec": {}, "status": status})
+    return name
+
+
+@pytest.mark.parametrize("code", [0, 1])
+async def test_check_of_a_node_prints_the_report_of_a_pod_there_and_deletes_it(
+    cluster: Cluster, terminal: Terminal, code: int
+) -> None:
+    cluster.configure()
+    add_daemon_set(cluster)
+    async with asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(terminal.run("check", "node-a"))
+        name = await ended_pod(cluster, {"terminated": {"exitCode": code}})
+    ran = running.result()
+    assert (ran.status, ran.err) == (code, "")
+    assert ran.out.splitlines() == ["ok    vhci_hcd: 8 ports", "1 checks: 0 failed, 0 with warnings"]
+    deleted = [call.name for call in cluster.api.requests if call.right == "delete pods"]
+    assert deleted == [name]
+
+
+async def test_a_check_that_is_interrupted_deletes_its_pod(cluster: Cluster) -> None:
+    cluster.configure()
+    add_daemon_set(cluster)
+    options = parser().parse_args(["check", "node-a", "--kubeconfig", str(cluster.kubeconfig)])
+    async with asyncio.timeout(LIMIT_S):
+        running = asyncio.create_task(remote_check.check(options))
+        await cluster.api.until(lambda: "watch pods" in cluster.api.rights_used())
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+    assert cluster.api.requests[-1].right == "delete pods"
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        ({"terminated": {"exitCode": 137, "reason": "OOMKilled"}}, "it needs more memory than 128Mi"),
+        ({"waiting": {"reason": "ErrImagePull", "message": "no such image"}}, "ErrImagePull: no such image"),
+        ({}, "the node refused the pod"),
+    ],
+)
+async def test_a_check_whose_pod_cannot_run_says_why(
+    cluster: Cluster, terminal: Terminal, state: dict[str, object], said: str
+) -> None:
+    cluster.configure()
+    add_daemon_set(cluster)
+    async with asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(terminal.run("check", "node-a"))
+        await ended_pod(cluster, state)
+    ran = running.result()
+    assert (ran.status, said in ran.err) == (Exit.PROBLEM, True)
+    assert cluster.api.requests[-1].right == "delete pods"
+
+
+async def test_a_check_that_cannot_begin_says_what_is_missing(cluster: Cluster, terminal: Terminal) -> None:
+    cluster.configure()
+    ran = await terminal.run("check", "node-z")
+    assert (ran.status, "there is no node 'node-z'" in ran.err) == (Exit.PROBLEM, True)
+    ran = await terminal.run("check", "node-a")
+    assert "has no DaemonSet of the plugin; name its namespace with --namespace" in ran.err
+    add_daemon_set(cluster)
+    cluster.api.refused["create pods"] = 403
+    ran = await terminal.run("check", "node-a")
+    assert (ran.status, "needs the rights to create, watch and delete pods" in ran.err) == (Exit.PROBLEM, True)
 
 
 async def test_the_namespace_comes_from_the_flag_then_the_variable_then_the_pod(

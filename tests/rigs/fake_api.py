@@ -70,6 +70,7 @@ class FakeApi:
     confined_to: the node whose locks may be written, as the admission policy enforces it; "" for every node.
     refused: the HTTP status for requests that need a right, such as {"list leases": 403}. Access reviews report these.
     objects: everything but Leases, by path.
+    texts: answers that are no JSON, such as logs, by path.
     requests: all that came with an accepted token.
     unauthorized: how many came without.
     """
@@ -81,6 +82,7 @@ class FakeApi:
         self.confined_to = ""
         self.refused: dict[str, int] = {}
         self.objects: dict[str, dict[str, Any]] = {}
+        self.texts: dict[str, str] = {}
         self.requests: list[ApiRequest] = []
         self.unauthorized = 0
         self.port = 0
@@ -207,6 +209,8 @@ class FakeApi:
     async def _others(self, request: web.Request, call: ApiRequest) -> web.StreamResponse:
         """Reads objects. Writes change nothing and are answered with what was sent."""
         match call.verb:
+            case "get" if request.path in self.texts:
+                return web.Response(text=self.texts[request.path])
             case "get":
                 found = self.objects.get(request.path)
                 return _status(404, f"{request.path} not found") if found is None else web.json_response(found)

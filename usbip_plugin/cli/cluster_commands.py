@@ -17,6 +17,7 @@ from usbip_plugin.cli.prune import removable, summary
 from usbip_plugin.cli.release import impact, refusal
 from usbip_plugin.cli.release import release as carry_out
 from usbip_plugin.cli.sources import connected, one_device
+from usbip_plugin.cli.spinner import spinner
 from usbip_plugin.cli.tables import paint, structured, wants_colour
 from usbip_plugin.clock import Clock, SystemClock
 from usbip_plugin.errors import PluginError, PruneRefused, ReleaseRefused, UsbipError
@@ -82,8 +83,9 @@ async def prune(options: argparse.Namespace) -> int:
         if config is None:
             _say(f"{source}; locks without a holder stay.")
         listed = await _listed(config.servers() if config is not None else frozenset(), clock)
-        known, sessions = await known_devices(store), (await store.list(SESSION_LABELS)).items
-        found = removable(known, sessions, await _node_names(kube), config, listed, clock.now())
+        async with spinner("reading Leases and nodes"):
+            known, sessions = await known_devices(store), (await store.list(SESSION_LABELS)).items
+            found = removable(known, sessions, await _node_names(kube), config, listed, clock.now())
         if not found:
             _say(f"None of {len(known)} locks and {len(sessions)} sessions is of a node or device that is gone.")
             return Exit.DONE

@@ -13,7 +13,8 @@ from usbip_plugin.cli.devices import COLUMNS, changes, rows, select
 from usbip_plugin.cli.nodes import NODE_COLUMNS, SERVER_COLUMNS, node_rows, server_rows
 from usbip_plugin.cli.pages import read_statuses
 from usbip_plugin.cli.parser import Exit
-from usbip_plugin.cli.sources import Sources, connected, read_sources
+from usbip_plugin.cli.sources import ASKING, Sources, connected, read_sources
+from usbip_plugin.cli.spinner import spinner
 from usbip_plugin.cli.tables import Columns, Row, show, structured, widths
 from usbip_plugin.clock import Clock, SystemClock
 from usbip_plugin.errors import KubeError
@@ -37,7 +38,8 @@ async def devices(options: argparse.Namespace) -> int:
             store, clock = KubernetesLeases(kube, namespace), SystemClock()
             await follow(options, read, LockChanges(store, clock))
             return Exit.DONE
-        sources = await read()
+        async with spinner(ASKING):
+            sources = await read()
     _note(sources.problems)
     found = _chosen(options, sources)
     if not found and options.output in ("table", "wide"):
@@ -48,7 +50,7 @@ async def devices(options: argparse.Namespace) -> int:
 
 async def nodes(options: argparse.Namespace) -> int:
     """Carries out `usbip-plugin nodes`."""
-    async with connected(options) as (kube, namespace):
+    async with connected(options) as (kube, namespace), spinner("asking the API server and the plugins"):
         sources = await read_sources(options, kube, namespace, ask=False)
         pages, problems = await read_statuses(kube, namespace, sources.plugins or ())
     _note([*sources.problems, *problems])
@@ -59,7 +61,7 @@ async def nodes(options: argparse.Namespace) -> int:
 
 async def servers(options: argparse.Namespace) -> int:
     """Carries out `usbip-plugin servers`."""
-    async with connected(options) as (kube, namespace):
+    async with connected(options) as (kube, namespace), spinner(ASKING):
         sources = await read_sources(options, kube, namespace)
     _note(sources.problems)
     _show(server_rows(sources.survey), SERVER_COLUMNS, options, "no USB/IP server is configured or locked")

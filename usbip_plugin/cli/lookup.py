@@ -90,7 +90,7 @@ DEVLIST_TIMEOUT_S = 3.0
 """Seconds that each server may take to list its devices. All servers are asked side by side."""
 REQUEST_TIMEOUT_S = 5.0
 """Seconds that one request to the API server may take."""
-_NODE = re.compile("[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
+_OBJECT_NAME = re.compile("[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
 _SERVER_BUSID = re.compile(r"(?P<host>\[[0-9A-Fa-f:.%]+\]|[^/:\[\]]+)(?::(?P<port>[0-9]{1,5}))?/(?P<busid>[^/]+)")
 
 
@@ -174,7 +174,7 @@ class DeviceLookup:
         return pod_status(found, pod)
 
     async def _plugin(self, node: str) -> PluginStatus:
-        if not _NODE.fullmatch(node):
+        if not is_object_name(node):
             return PluginStatus.UNKNOWN
         params = {"labelSelector": PLUGIN_LABEL, "fieldSelector": f"spec.nodeName={node}"}
         path = f"/api/v1/namespaces/{self.namespace}/pods"
@@ -245,7 +245,7 @@ async def find_config(options: argparse.Namespace, kube: Api, namespace: str) ->
         with contextlib.suppress(ConfigError):
             return (await asyncio.to_thread(load_config, usual)).config, str(usual)
     name = f"ConfigMap {namespace}/{options.config_map}"
-    if not _NODE.fullmatch(options.config_map):
+    if not is_object_name(options.config_map):
         return None, f"{name} cannot be read: its name is not valid"
     path = f"/api/v1/namespaces/{namespace}/configmaps/{options.config_map}"
     try:
@@ -263,6 +263,11 @@ async def find_config(options: argparse.Namespace, kube: Api, namespace: str) ->
 def domain_of(options: argparse.Namespace, config: Config | None) -> str:
     """Returns the domain of the resource names: of the flag, else of the configuration, else the default."""
     return options.domain or (config.settings.domain if config is not None else None) or DEFAULT_DOMAIN
+
+
+def is_object_name(text: str) -> bool:
+    """Returns whether the API server takes the text as the name of a node, pod or ConfigMap. It goes into a path."""
+    return _OBJECT_NAME.fullmatch(text) is not None
 
 
 def mapping(value: Any) -> Mapping[str, Any]:

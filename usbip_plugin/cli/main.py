@@ -74,6 +74,10 @@ def _status(error: PluginError) -> Exit:
 def _run(options: argparse.Namespace) -> int:
     # imported where used: a `run` on a node does not load the commands for people, and they do not load the plugin
     match options.command:
+        case "check" if options.node is not None:
+            from usbip_plugin.cli import remote_check  # noqa: PLC0415
+
+            return _run_async(remote_check, options)
         case "devices" | "nodes" | "servers":
             from usbip_plugin.cli import list_commands  # noqa: PLC0415
 

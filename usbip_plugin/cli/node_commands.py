@@ -10,9 +10,10 @@ import platform
 import random
 import re
 import sys
+from collections.abc import Awaitable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from usbip_plugin.cli.namespace import namespace_of
 from usbip_plugin.config.schema import (
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from usbip_plugin.vhci.driver import VhciDriver
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 MAX_DNS_NAME = 253
 """Characters of a DNS name: of a node, and of the domain of the resource names."""
@@ -66,7 +68,8 @@ def run(options: argparse.Namespace) -> int:
 
 def check(options: argparse.Namespace) -> int:
     """Carries out `usbip-plugin check`: prints the report and returns the exit status."""
-    from usbip_plugin.node.check import check_node  # noqa: PLC0415
+    from usbip_plugin.cli.tables import structured  # noqa: PLC0415
+    from usbip_plugin.node.check import as_json, check_node, exit_status, render  # noqa: PLC0415
     from usbip_plugin.observe.logs import set_up_logging  # noqa: PLC0415
 
     set_up_logging("none", sys.stderr)  # the report has everything
@@ -76,9 +79,19 @@ def check(options: argparse.Namespace) -> int:
     except ConfigError as error:
         loaded = error
     settings = FileSettings() if isinstance(loaded, ConfigError) else loaded.config.settings
-    report, status = asyncio.run(check_node(_process_options(options, settings), loaded, _driver_of(options)))
+    process = _process_options(options, settings)
+    findings = asyncio.run(_spun(check_node(process, loaded, _driver_of(options))))
+    text = options.output == "text"
+    report = render(findings) if text else structured(as_json(findings, process.node), options.output)
     print(report)  # noqa: T201 - the command line's own voice
-    return status
+    return exit_status(findings)
+
+
+async def _spun(checking: Awaitable[T]) -> T:
+    from usbip_plugin.cli.spinner import spinner  # noqa: PLC0415
+
+    async with spinner("checking"):
+        return await checking
 
 
 def _load(options: argparse.Namespace) -> LoadedConfig:

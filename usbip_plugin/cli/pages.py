@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from usbip_plugin.cli import lookup
-from usbip_plugin.cli.lookup import mapping
+from usbip_plugin.cli.lookup import is_object_name, mapping
 from usbip_plugin.cli.sources import PluginPod
 from usbip_plugin.errors import KubeError, KubeForbidden, KubeMisdirected, KubeServerError
 from usbip_plugin.kube.client import KubeClient
@@ -19,12 +18,11 @@ MAX_PAGES = 100
 """Status pages that one command reads; each passes through the API server."""
 PARALLEL = 8
 """Status pages that are read at one time."""
-_POD = re.compile("[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
 
 
 async def read_page(kube: KubeClient, namespace: str, pod: PluginPod, path: str) -> Any:
     """Returns the JSON at a path of the pod's status page, such as /api/status. Raises KubeError."""
-    if not _POD.fullmatch(pod.name) or pod.port is None:
+    if not is_object_name(pod.name) or pod.port is None:
         raise KubeError("get", "pods/proxy", f"pod {pod.name} has no port named http")
     proxy = f"/api/v1/namespaces/{namespace}/pods/http:{pod.name}:{pod.port}/proxy{path}"
     for host in (None, "localhost"):

@@ -7,7 +7,7 @@ import enum
 import os
 import re
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -133,15 +133,21 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
 
     _validate_flags(commands)
 
-    if prog != KUBECTL:
+    check = commands.add_parser("check", help="check whether a node can run the plugin")
+    asked = "check this node of the cluster by a pod that is deleted again"
+    check.add_argument("-o", "--output", choices=TEXT_FORMATS, default="text", help=form)
+    if prog == KUBECTL:
+        check.add_argument("node", metavar="NODE", help=asked)
+        _connection_flags(check)
+    else:
+        check.add_argument("node", metavar="NODE", nargs="?", help=f"{asked}; without it, check this machine")
+        _node_flags(check, _connection_flags)
         _local_commands(commands)
     return top
 
 
 def _local_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the commands for nodes, hosts of devices and development, and the completion of PROG."""
-    check = commands.add_parser("check", help="check whether this node can run the plugin")
-    _node_flags(check)
 
     run = commands.add_parser("run", help="run the plugin on this node")
     _node_flags(run)
@@ -341,8 +347,10 @@ def _config_lookup_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("--config-map", metavar="NAME", default=DEFAULT_CONFIG_MAP, help=config_map)
 
 
-def _node_flags(command: argparse.ArgumentParser) -> None:
-    _api_flags(command)
+def _node_flags(
+    command: argparse.ArgumentParser, api_flags: Callable[[argparse.ArgumentParser], None] = _api_flags
+) -> None:
+    api_flags(command)
     _config_flags(command, Path(DEFAULT_CONFIG_PATH), "default %(default)s")
     add = command.add_argument
     add("--plugin-directory", metavar="DIR", help=f"device-plugin directory (default {DEFAULT_PLUGIN_DIRECTORY})")

@@ -17,6 +17,7 @@ from usbip_plugin.cli.explain import DeviceDetails
 from usbip_plugin.cli.lookup import DeviceLookup, ask_servers, domain_of, find_config, mapping
 from usbip_plugin.cli.namespace import namespace_of
 from usbip_plugin.cli.parser import PLUGIN_LABEL
+from usbip_plugin.cli.spinner import spinner
 from usbip_plugin.cli.survey import Survey
 from usbip_plugin.clock import Clock, SystemClock
 from usbip_plugin.config.schema import Config
@@ -29,6 +30,7 @@ from usbip_plugin.usbip.client import DeviceList, TcpUsbipClient
 
 MAX_SERVERS = 256
 """USB/IP servers that one command asks. A configuration of hundreds of servers still ends within seconds."""
+ASKING = "asking the API server and the USB/IP servers"
 MAX_TEXT = 253
 """Characters kept of a name or version that the API server sends."""
 T = TypeVar("T")
@@ -114,7 +116,8 @@ async def one_device(options: argparse.Namespace) -> AsyncIterator[tuple[KubeCli
         with contextlib.closing(TcpUsbipClient(clock)) as client:
             store, domain = KubernetesLeases(kube, namespace), domain_of(options, config)
             about = DeviceLookup(store, kube, client, clock, namespace, domain, config, source)
-            details = await about.about(options.device)
+            async with spinner(ASKING):
+                details = await about.about(options.device)
         yield kube, namespace, details
 
 

@@ -107,6 +107,12 @@ def render(findings: Sequence[Finding]) -> str:
     return "\n".join(lines)
 
 
+def as_json(findings: Sequence[Finding], node: str) -> dict[str, object]:
+    """Returns the report for programs. Its keys are stable."""
+    found = [asdict(finding) | {"outcome": finding.outcome.name.lower()} for finding in findings]
+    return {"node": node, "ok": not exit_status(findings), "findings": found}
+
+
 def config_findings(path: Path, loaded: LoadedConfig | ConfigError) -> list[Finding]:
     """Checks the configuration file. loaded: the result or the error of load_config."""
     name = "configuration"
@@ -370,8 +376,10 @@ async def _refused(kube: Api, namespace: str, holder: str) -> KubeForbidden | No
     return None
 
 
-async def check_node(options: Options, loaded: LoadedConfig | ConfigError, make_driver: MakeDriver) -> tuple[str, int]:
-    """Runs all checks of this node, and changes nothing. Returns the report and the exit status, 0 if nothing fails."""
+async def check_node(
+    options: Options, loaded: LoadedConfig | ConfigError, make_driver: MakeDriver
+) -> tuple[Finding, ...]:
+    """Runs all checks of this node, and changes nothing."""
     clock = SystemClock()
     config = Config(()) if isinstance(loaded, ConfigError) else loaded.config
     by_cdi = any(resource.cdi for resource in config.resources)
@@ -417,5 +425,4 @@ async def check_node(options: Options, loaded: LoadedConfig | ConfigError, make_
             ("API server", api),
             *((f"server {s}", partial(server_check, s, config, devlist)) for s in sorted(config.servers())),
         ]
-        findings = await run_checks(checks, clock)
-    return render(findings), exit_status(findings)
+        return await run_checks(checks, clock)

@@ -42,7 +42,9 @@ def complete(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         yield run
 
 
-COMMANDS = ["devices", "nodes", "servers", "explain", "events", "trace", "release", "prune", "validate"]
+COMMANDS = [
+    *("devices", "nodes", "servers", "explain", "events", "trace", "release", "prune", "validate", "check"),
+]
 
 
 @pytest.mark.parametrize(
@@ -156,15 +158,6 @@ def test_a_relative_pattern_of_extras_is_refused(capsys: pytest.CaptureFixture[s
     assert "'dev/sda' must be an absolute path" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["run", "check", "export", "exported", "completion", "demo", "simulate"])
-def test_kubectl_has_only_the_commands_for_people(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main([command], prog=KUBECTL)
-    assert ended.value.code == Exit.USAGE
-    assert f"invalid choice: '{command}'" in capsys.readouterr().err
-    assert command in parser().format_help()
-
-
 @pytest.mark.parametrize(
     ("text", "seconds"), [("10s", 10.0), ("500ms", 0.5), ("2m", 120.0), ("1.5", 1.5), ("1h", 3600.0), ("0", None)]
 )
@@ -177,3 +170,12 @@ def test_another_request_timeout_is_refused(text: str, capsys: pytest.CaptureFix
     with pytest.raises(SystemExit):
         parser().parse_args(["nodes", f"--request-timeout={text}"])
     assert "must be a time such as 500ms, 10s, 2m or 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["run", "export", "exported", "completion", "demo", "simulate"])
+def test_kubectl_has_only_the_commands_for_people(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command], prog=KUBECTL)
+    assert ended.value.code == Exit.USAGE
+    assert f"invalid choice: '{command}'" in capsys.readouterr().err
+    assert command in parser().format_help()

@@ -336,12 +336,12 @@ async def test_the_cdi_directory_is_checked_if_a_resource_uses_cdi(tmp_path: Pat
     )
     for by_cdi in (True, False):
         config = Config((ResourceConfig("a", (), cdi=by_cdi),))
-        report, _ = await check_node(
+        findings = await check_node(
             dataclasses.replace(options, cdi_directory=directory),
             LoadedConfig(config, (), b""),
             lambda clock: SysfsVhci(clock, NetlinkUevents(clock)),
         )
-        assert (f"ok    CDI directory: {directory}" in report) == by_cdi
+        assert (f"ok    CDI directory: {directory}" in check.render(findings)) == by_cdi
 
 
 @pytest.mark.parametrize(("flags", "bavail", "words"), [(os.ST_RDONLY, 9, "read-only mount"), (0, 0, "is full")])
