@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import os
+import tarfile
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -459,6 +460,61 @@ async def test_a_check_that_cannot_begin_says_what_is_missing(cluster: Cluster, 
     cluster.api.refused["create pods"] = 403
     ran = await terminal.run("check", "node-a")
     assert (ran.status, "needs the rights to create, watch and delete pods" in ran.err) == (Exit.PROBLEM, True)
+
+
+async def test_a_support_bundle_has_what_helps_and_no_secret(
+    cluster: Cluster, terminal: Terminal, tmp_path: Path
+) -> None:
+    cluster.configure()
+    add_daemon_set(cluster)
+    pod = cluster.api.objects[f"{PODS}/usbip-plugin-x"]
+    pod["metadata"]["annotations"] = {"kubectl.kubernetes.io/last-applied-configuration": "topsecret-1"}
+    pod["spec"]["containers"][0]["env"] = [
+        {"name": "NODE_NAME", "value": "node-a"},
+        {"name": "OTEL_EXPORTER_OTLP_HEADERS", "value": "topsecret-2"},
+    ]
+    cluster.api.texts[f"{PODS}/usbip-plugin-x/log"] = '{"msg": "running", "cause": "Bearer topsecret-3"}\n'
+    cluster.api.objects[f"{PODS}/http:usbip-plugin-x:13240/proxy/api/status"] = {"node": "node-a"}
+    file = tmp_path / "bundle.tar.gz"
+    ran = await terminal.run("support-bundle", "--file", str(file))
+    assert (ran.status, ran.out, ran.err) == (Exit.DONE, f"{file}\n", "")
+    with tarfile.open(file) as archive:
+        files = {
+            member.name.partition("/")[2]: (archive.extractfile(member) or io.BytesIO()).read().decode()
+            for member in archive.getmembers()
+        }
+    assert {name for name in files if "exporter" not in name} == {
+        *("config/usbip-plugin/config.yaml", "devices.txt", "servers.txt", "nodes.json", "version.json"),
+        *("events.json", "events-of-namespace.json", "locks.json", "sessions.json"),
+        *("plugin-pods.json", "plugin-daemonsets.json", "status/usbip-plugin-x.json"),
+        *("logs/usbip-plugin-x.log", "logs/usbip-plugin-x.previous.log"),
+    }
+    assert "topsecret" not in "".join(files.values())
+    assert '"msg": "running"' in files["logs/usbip-plugin-x.log"]
+    assert "NODE_NAME" in files["plugin-pods.json"]
+    assert str(cluster.held) in files["devices.txt"]
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert "get secrets" not in cluster.api.rights_used()
+    ran = await terminal.run("support-bundle", "--file", str(file))
+    assert (ran.status, f"{file}: File exists; name another file" in ran.err) == (Exit.PROBLEM, True)
+
+
+async def test_a_support_bundle_lists_what_could_not_be_read(
+    cluster: Cluster, terminal: Terminal, tmp_path: Path
+) -> None:
+    cluster.configure()
+    cluster.api.refused |= {"get pods/log": 403, "list nodes": 403, "get pods/proxy": 403}
+    file = tmp_path / "bundle.tar.gz"
+    assert (await terminal.run("support-bundle", "-f", str(file))).status == Exit.DONE
+    with tarfile.open(file) as archive:
+        (member,) = (one for one in archive.getmembers() if one.name.endswith("/problems.txt"))
+        problems = (archive.extractfile(member) or io.BytesIO()).read().decode()
+    cluster.api.refused = {"list leases": 401}
+    unwritten = tmp_path / "unwritten"
+    ran = await terminal.run("support-bundle", "-f", str(unwritten))
+    assert (ran.status, unwritten.exists()) == (Exit.API, False)
+    for missing in ("nodes.json", "logs/usbip-plugin-x.log", "status/usbip-plugin-x.json"):
+        assert f"\n{missing}: API server: " in f"\n{problems}"
 
 
 async def test_the_namespace_comes_from_the_flag_then_the_variable_then_the_pod(

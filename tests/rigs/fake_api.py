@@ -35,7 +35,7 @@ SILENT = 0
 """Stands for an HTTP status in FakeApi.refused: the request gets no answer."""
 _TIME = "%Y-%m-%dT%H:%M:%S.%fZ"
 _PATH = re.compile(
-    r"/api(?:s/(?P<group>[^/]+))?/v[^/]+(?:/namespaces/(?P<namespace>[^/]+))?"
+    r"/version|/api(?:s/(?P<group>[^/]+))?/v[^/]+(?:/namespaces/(?P<namespace>[^/]+))?"
     r"/(?P<resource>[a-z]+)(?:/(?P<name>[^/]+))?(?:/(?P<sub>[^/]+)(?:/.*)?)?"
 )
 _VERBS = {"POST": "create", "PUT": "update", "PATCH": "patch", "DELETE": "delete"}

@@ -194,7 +194,7 @@ def test_the_screenshot_is_a_small_png() -> None:
 
 def test_every_command_is_in_the_document() -> None:
     text = (ROOT / "docs/reference/cli.md").read_text(encoding="utf-8")
-    listed = set(re.findall(r"^\| `usbip-plugin (\w+)` \|", text, re.MULTILINE))
+    listed = set(re.findall(r"^\| `usbip-plugin ([\w-]+)` \|", text, re.MULTILINE))
     (commands,) = [action.choices for action in parser()._actions if isinstance(action.choices, dict)]
     assert listed == set(commands)
 

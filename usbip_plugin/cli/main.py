@@ -86,6 +86,10 @@ def _run(options: argparse.Namespace) -> int:
             from usbip_plugin.cli import history_commands  # noqa: PLC0415
 
             return _run_async(history_commands, options)
+        case "support-bundle":
+            from usbip_plugin.cli import bundle  # noqa: PLC0415
+
+            return _run_async(bundle, options)
         case "explain" | "release" | "prune":
             from usbip_plugin.cli import cluster_commands  # noqa: PLC0415
 
@@ -103,5 +107,7 @@ def _run_async(module: ModuleType, options: argparse.Namespace) -> int:
     """Runs the coroutine that has the name of the command."""
     import asyncio  # noqa: PLC0415 - a third of the time that --version and --help would take
 
-    command: Callable[[argparse.Namespace], Coroutine[Any, Any, int]] = getattr(module, options.command)
+    command: Callable[[argparse.Namespace], Coroutine[Any, Any, int]] = getattr(
+        module, options.command.replace("-", "_")
+    )
     return asyncio.run(command(options))

@@ -62,6 +62,8 @@ PLUGIN_LABEL = "app.kubernetes.io/name=usbip-plugin"
 """The label of the plugin's pods."""
 EXPORT_HTTP = "USBIP_EXPORTER_HTTP"
 """The environment variable with the address of the exporter's pages, for the exporter and for `exported` in its pod."""
+EXPORTER_LABEL = "app.kubernetes.io/name=usbip-exporter"
+"""The label of the exporter's pods."""
 MAX_CONTROLLERS = 15
 """Controllers of 16 ports that a simulated kernel may have."""
 SHELLS = ("bash", "zsh", "fish")
@@ -130,6 +132,18 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     _config_lookup_flags(prune)
     prune.add_argument("--dry-run", action="store_true", help="only show what would be removed")
     prune.add_argument("-y", "--yes", action="store_true", help="do not ask for confirmation")
+
+    bundle = commands.add_parser(
+        "support-bundle",
+        help="write an archive for a bug report: configuration, Leases, Events, pods, logs and status pages",
+        description="Writes a tar.gz with what others need to help, and prints its name. Reads no Secrets, and leaves "
+        "out values of environment variables and whatever looks like a credential. Look into it before you send it.",
+    )
+    bundle.add_argument(
+        "-f", "--file", metavar="FILE", type=Path, help="archive to write (default usbip-support-TIME.tar.gz)"
+    )
+    _connection_flags(bundle)
+    _config_lookup_flags(bundle)
 
     _validate_flags(commands)
 

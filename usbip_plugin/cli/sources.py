@@ -48,7 +48,10 @@ class NodeReading:
 
 @dataclass(frozen=True, slots=True)
 class PluginPod:
-    """A pod of the plugin. port: of its status page; None if the pod names none."""
+    """A pod of the plugin or of the exporter.
+
+    port: of its status page; None if the pod names none. container: the name of its main container.
+    """
 
     name: str
     node: str
@@ -56,6 +59,7 @@ class PluginPod:
     version: str
     restarts: int
     port: int | None
+    container: str = "plugin"
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +229,7 @@ def plugin_pod(pod: Mapping[str, Any]) -> PluginPod:
         version_of(str(main.get("image") or "")),
         sum(count for count in restarts if isinstance(count, int)),
         port if isinstance(port, int) else None,
+        str(main.get("name") or "")[:MAX_TEXT],
     )
 
 

@@ -43,7 +43,8 @@ def complete(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 
 
 COMMANDS = [
-    *("devices", "nodes", "servers", "explain", "events", "trace", "release", "prune", "validate", "check"),
+    *("devices", "nodes", "servers", "explain", "events", "trace", "release", "prune", "support-bundle"),
+    *("validate", "check"),
 ]
 
 
