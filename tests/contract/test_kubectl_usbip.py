@@ -136,6 +136,7 @@ def test_the_dependencies_are_what_the_modules_import() -> None:
 
 FOR_VERSION = {
     *("usbip_plugin", "usbip_plugin.cli", "usbip_plugin.cli.main", "usbip_plugin.cli.parser"),
+    *("usbip_plugin.cli.help_texts", "usbip_plugin.cli.usage"),
     *("usbip_plugin.config", "usbip_plugin.config.problems", "usbip_plugin.config.schema", "usbip_plugin.errors"),
     *("usbip_plugin.kube", "usbip_plugin.kube.lazy_imports", "usbip_plugin.model"),
 }

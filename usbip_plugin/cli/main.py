@@ -33,7 +33,12 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
         from usbip_plugin.cli.completion import autocomplete  # noqa: PLC0415
 
         autocomplete()
-    options = parser(prog).parse_args(arguments)
+    top = parser(prog)
+    options = top.parse_args(arguments)
+    if options.command in (None, "help") or (options.command == "simulate" and options.simulated is None):
+        names = options.about if options.command == "help" else [options.command] if options.command else []
+        top.command(names).print_help()
+        return Exit.DONE
     import logging  # noqa: PLC0415 - --version and --help do not need it
 
     logging.getLogger().addHandler(logging.NullHandler())  # else libraries log to stderr what is raised as well
@@ -94,6 +99,10 @@ def _run(options: argparse.Namespace) -> int:
             from usbip_plugin.cli import cluster_commands  # noqa: PLC0415
 
             return _run_async(cluster_commands, options)
+        case "version":
+            from usbip_plugin.cli.version import version  # noqa: PLC0415
+
+            return version(options)
         case "validate":
             from usbip_plugin.cli.validate import validate  # noqa: PLC0415
 

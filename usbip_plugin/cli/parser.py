@@ -12,6 +12,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 from usbip_plugin import __version__
+from usbip_plugin.cli.help_texts import add_texts
+from usbip_plugin.cli.usage import CommandParser, Commands
 from usbip_plugin.config.schema import (
     DEFAULT_ALLOW_EXTRAS,
     DEFAULT_CDI_DIRECTORY,
@@ -83,16 +85,12 @@ WIDTH = 100
 """Characters in a line of the list of exit statuses in the help."""
 
 
-def parser(prog: str = PROG) -> argparse.ArgumentParser:
+def parser(prog: str = PROG) -> CommandParser:
     """Returns the parser of a program: PROG with all commands, or KUBECTL with those for people."""
-    top = argparse.ArgumentParser(
-        prog=prog,
-        description="USB/IP device plugin for Kubernetes, coordinated through Leases.",
-        epilog=_epilog(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    description = "USB/IP device plugin for Kubernetes, coordinated through Leases."
+    top = CommandParser(prog=prog, description=description, epilog=_epilog())
     top.add_argument("--version", action="version", version=f"usbip-plugin {__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND")
 
     _list_flags(commands)
     form = "output format (default %(default)s)"
@@ -157,10 +155,16 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         check.add_argument("node", metavar="NODE", nargs="?", help=f"{asked}; without it, check this machine")
         _node_flags(check, _connection_flags)
         _local_commands(commands)
+
+    version = commands.add_parser("version", help="print the version")
+    version.add_argument("-o", "--output", choices=TEXT_FORMATS, default="text", help=form)
+    about = commands.add_parser("help", help="show the help of a command")
+    about.add_argument("about", metavar="COMMAND", nargs="*", help="the command; without it, of the program")
+    add_texts(top, prog)
     return top
 
 
-def _local_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _local_commands(commands: Commands) -> None:
     """Adds the commands for nodes, hosts of devices and development, and the completion of PROG."""
 
     run = commands.add_parser("run", help="run the plugin on this node")
@@ -181,10 +185,10 @@ def _local_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser
     demo.add_argument("--real-kernel", action="store_true", help="attach to this machine's vhci_hcd (needs root)")
 
     simulate = commands.add_parser("simulate", help="development helpers: simulated kernel and USB/IP server")
-    _simulate_flags(simulate.add_subparsers(dest="simulated", required=True, metavar="WHAT"))
+    _simulate_flags(simulate.add_subparsers(dest="simulated", metavar="WHAT"))
 
 
-def _list_flags(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _list_flags(commands: Commands) -> None:
     devices = commands.add_parser("devices", help="list devices with their resource, holder, pod and age")
     devices.add_argument("names", metavar=DEVICE, nargs="*", help="only devices with this name, as `explain` takes it")
     nodes = commands.add_parser("nodes", help="list nodes with their plugin, kernel module and devices")
@@ -209,7 +213,7 @@ def _epilog() -> str:
     return "\n".join(lines)
 
 
-def _exporter_flags(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _exporter_flags(commands: Commands) -> None:
     export = commands.add_parser(
         "export",
         help="export this host's USB devices, in place of usbipd",
@@ -243,7 +247,7 @@ def _exporter_flags(commands: argparse._SubParsersAction[argparse.ArgumentParser
         command.add_argument("--state-directory", metavar="DIR", type=Path, default=state, help=kept)
 
 
-def _validate_flags(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _validate_flags(commands: Commands) -> None:
     validate = commands.add_parser(
         "validate",
         help="check configuration files before they are applied",
@@ -268,7 +272,7 @@ def _log_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("--log-format", choices=("json", "text"), default="json", help=form)
 
 
-def _simulate_flags(simulated: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _simulate_flags(simulated: Commands) -> None:
     kernel = simulated.add_parser(
         "kernel",
         help="a vhci_hcd that attaches nothing",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,9 +15,11 @@ from argcomplete.finders import CompletionFinder
 
 from tests.rigs.command_rig import process_restored
 from tests.rigs.kubeconfig import kubeconfig
+from usbip_plugin import __version__
 from usbip_plugin.cli import completion
 from usbip_plugin.cli.main import main
 from usbip_plugin.cli.parser import KUBECTL, MEANING, Exit, parser
+from usbip_plugin.cli.usage import CommandParser
 
 FILE = "only-file"
 DEVICES = {"usbip-abc": "lab:3240/1-1", "usbip-xyz": "lab:3240/1-2"}
@@ -44,7 +48,7 @@ def complete(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 
 COMMANDS = [
     *("devices", "nodes", "servers", "explain", "events", "trace", "release", "prune", "support-bundle"),
-    *("validate", "check"),
+    *("validate", "check", "version", "help"),
 ]
 
 
@@ -112,7 +116,13 @@ def test_each_shell_has_a_completion_script(shell: str) -> None:
 
 
 def test_the_status_of_a_usage_error_is_2() -> None:
-    for arguments in ([], ["nonsense"], ["explain"], ["devices", "-o", "xml"], ["release", "x", "--maybe"]):
+    for arguments in (
+        ["nonsense"],
+        ["help", "nonsense"],
+        ["explain"],
+        ["devices", "-o", "xml"],
+        ["release", "x", "--maybe"],
+    ):
         with pytest.raises(SystemExit) as caught:
             main(arguments)
         assert caught.value.code == Exit.USAGE
@@ -178,5 +188,72 @@ def test_kubectl_has_only_the_commands_for_people(command: str, capsys: pytest.C
     with pytest.raises(SystemExit) as ended:
         main([command], prog=KUBECTL)
     assert ended.value.code == Exit.USAGE
-    assert f"invalid choice: '{command}'" in capsys.readouterr().err
+    assert f"unknown command '{command}'" in capsys.readouterr().err
     assert command in parser().format_help()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "usage", "said"),
+    [
+        (["dveices"], "usbip-plugin [-h]", "unknown command 'dveices'; did you mean devices?"),
+        (["xyz"], "usbip-plugin [-h]", "unknown command 'xyz'\n"),
+        (["help", "explian"], "usbip-plugin [-h]", "unknown command 'explian'; did you mean explain?"),
+        (["simulate", "sever"], "usbip-plugin simulate [-h]", "unknown command 'sever'; did you mean server?"),
+        (["nodes", "x"], "usbip-plugin nodes [-h]", "unrecognized arguments: x\n"),
+        (["nodes", "--namespce=x"], "usbip-plugin nodes [-h]", "--namespce=x; did you mean --namespace?"),
+        (["simulate", "kernel", "--socket", "s", "--sockte"], "usbip-plugin simulate kernel [-h]", "mean --socket?"),
+    ],
+)
+def test_a_usage_error_has_the_commands_own_usage_and_what_was_probably_meant(
+    arguments: list[str], usage: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    err = capsys.readouterr().err
+    assert ended.value.code == Exit.USAGE
+    assert err.startswith(f"usage: {usage}")
+    assert said in err
+
+
+def leaves(top: CommandParser, before: str = "") -> Iterator[tuple[str, CommandParser]]:
+    for name, command in top.commands().items():
+        yield before + name, command
+        yield from leaves(command, f"{before}{name} ")
+
+
+@pytest.mark.parametrize("name", dict(leaves(parser())))
+def test_the_help_of_each_command_has_a_description_and_examples_that_can_be_parsed(name: str) -> None:
+    command = dict(leaves(parser()))[name]
+    assert len(command.description or "") > 20
+    head, *examples = (command.epilog or "").splitlines()
+    assert head == "examples:"
+    assert examples
+    for example in examples:
+        program, *words = shlex.split(example.partition(">")[0])
+        parsed = parser().parse_args(words)
+        assert (program, parsed.command) == ("usbip-plugin", name.split(maxsplit=1)[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "usage"),
+    [
+        ([], "usbip-plugin [-h]"),
+        (["help"], "usbip-plugin [-h]"),
+        (["help", "devices"], "usbip-plugin devices [-h]"),
+        (["help", "simulate", "server"], "usbip-plugin simulate server [-h]"),
+        (["simulate"], "usbip-plugin simulate [-h]"),
+    ],
+)
+def test_help_is_shown_without_a_command_and_by_help(
+    arguments: list[str], usage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == Exit.DONE
+    out, err = capsys.readouterr()
+    assert (out.startswith(f"usage: {usage}"), err) == (True, "")
+
+
+def test_version_has_a_form_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["version"]) == Exit.DONE
+    assert capsys.readouterr().out == f"usbip-plugin {__version__}\n"
+    assert main(["version", "-o", "json"]) == Exit.DONE
+    assert json.loads(capsys.readouterr().out)["version"] == __version__
