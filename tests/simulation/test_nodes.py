@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from datetime import UTC, datetime
 
 import pytest
 
@@ -28,6 +29,7 @@ from tests.simulation.cluster_rig import (
 from usbip_plugin.attach.events import DeviceEvent, EventKind
 from usbip_plugin.attach.usage import ALLOCATION_GRACE
 from usbip_plugin.model import DeviceKey, InterfaceClass, Reason
+from usbip_plugin.node.products import Products
 from usbip_plugin.node.status import device_rows
 from usbip_plugin.vhci.sysfs import PortStatus
 from usbip_sim.kubelet.specs import resolve
@@ -290,7 +292,8 @@ async def test_an_interface_that_is_withheld_is_an_event_of_its_pod_and_stays_wi
         text = "a keyboard (03/01/01) withheld, because the resource does not allow it"
         assert DeviceEvent(EventKind.WITHHELD, device, text, pod("p")) in notices
         assert detail(node, device).endswith(", without a keyboard (03/01/01)")
-        (row,) = device_rows(agent(node), "usbip.dev")
+        products = Products(agent(node).claims)
+        (row,) = device_rows(agent(node), "usbip.dev", now=datetime.now(UTC), products=products)
         assert row.withheld == ("a keyboard (03/01/01)",)
         await c.lost_and_back(node, device)
         assert attachment_of(node, device).withheld == (InterfaceClass(3, 1, 1),)
