@@ -30,7 +30,7 @@ TEXTS: Mapping[str, CommandText] = MappingProxyType(
         ),
         "nodes": CommandText(
             "Lists the nodes with the state and version of their plugin, and how many devices they offer and "
-            "hold. MODULE tells whether vhci_hcd is loaded, and needs the right to get pods/proxy.",
+            "hold. MODULE shows whether vhci_hcd is loaded, and needs the right to get pods/proxy.",
             "nodes",
             "nodes -o wide",
         ),
