@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from tests.simulation.play import Wrong, patched
-from usbip_plugin.attach import attacher
+from usbip_plugin.attach import adopt, attacher
 from usbip_plugin.attach.pipeline import Pipeline
 from usbip_plugin.attach.release import Releaser
 from usbip_plugin.attach.tasks import DeviceTasks
@@ -96,6 +96,11 @@ def below_what_was_written(self: NodeStatusPublisher, pending: Mapping[str, int]
     return any(count < written.get(n, 0) or self._wanted[n] <= written.get(n, -1) for n, count in pending.items())
 
 
+def by_its_boot(lock: Lock, boot_id: str | None, _epoch: int) -> bool:
+    """Takes what a restore of etcd brought back for the lock of a living machine."""
+    return lock.boot_id == boot_id
+
+
 def anything(*_arguments: object) -> bool:
     return True
 
@@ -119,5 +124,8 @@ PAST: Mapping[str, Wrong] = {
     "an-attachment-without-lock-and-pod": patched(SimulatedVhci, "ports", records_of_the_tool),
     "a-lower-count-that-is-left-to-the-kubelet": patched(NodeStatusPublisher, "_lowers", below_what_was_written),
     "a-lock-of-a-bus-id-that-is-not-used-again": patched(ServerPoller, "export_state", only_a_list_with_it_counts),
+    "a-lock-that-a-restore-brings-back": patched(
+        adopt, "is_taken_back", lambda lock, boot_id, _: lock.boot_id == boot_id
+    ),
     "a-count-that-waits-for-a-change": patched(KubeletPublisher, "attach", attach_silently),
 }
