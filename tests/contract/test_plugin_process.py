@@ -313,7 +313,7 @@ def test_an_address_that_the_file_sets_is_an_error_of_the_file(
     config = tmp_path / "listen.yaml"
     config.write_text("listen: banana\nresources: {}\n")
     assert main(["run", *places.flags(), "--config", str(config)]) == Exit.USAGE
-    assert f"{config}: 1 problem\nlisten: 'banana' is not a valid listen address" in capsys.readouterr().err
+    assert f"{config}: 1 problem\n{config}:1: listen: 'banana' is not a valid listen address" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("works", [True, False])

@@ -44,7 +44,7 @@ def home() -> Iterator[Path]:
 def test_controllers_sets_the_number_of_controllers(
     home: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], controllers: int
 ) -> None:
-    path = home / "made" / "kernel.sock"
+    path = home / "kernel.sock"
 
     async def story(record: logging.LogRecord) -> None:
         assert vars(record)["ports"] == PORTS * controllers

@@ -69,6 +69,7 @@ API_ERRORS: Mapping[type[PluginError], str] = MappingProxyType(
         errors.KubeNotFound: "not_found",
         errors.KubeConflict: "conflict",
         errors.KubeGone: "gone",
+        errors.KubeMisdirected: "misdirected",
         errors.KubeThrottled: "throttled",
         errors.KubeServerError: "server_error",
     }
