@@ -197,6 +197,23 @@ def kubectl(cluster: Cluster) -> str:
     return found
 
 
+async def test_lists_and_events_are_read_with_selectors_that_the_api_server_takes(
+    rig: Rig, kubeconfig: str, config: str
+) -> None:
+    (key,) = rig.keys
+    await rig.use(rig.nodes[0])
+    status, out, err = await command("devices", "--config", config, "-o", "json", kubeconfig=kubeconfig)
+    assert (status, err) == (Exit.DONE, "")
+    assert [row["state"] for row in json.loads(out)] == ["held"]
+    status, out, err = await command("servers", "--config", config, "-o", "name", kubeconfig=kubeconfig)
+    assert (status, out.split(), err) == (Exit.DONE, [str(key.server)], "")
+    status, out, err = await command("nodes", "--config", config, "-o", "json", kubeconfig=kubeconfig)
+    held = {row["node"]: row["held"] for row in json.loads(out)}
+    assert (status, held[rig.nodes[0].name], err) == (Exit.DONE, 1, "")
+    status, out, err = await command("events", key.id, "--config", config, "-o", "json", kubeconfig=kubeconfig)
+    assert (status, err, isinstance(json.loads(out), list)) == (Exit.DONE, "", True)
+
+
 async def test_kubectl_runs_the_plugin_and_completes_its_arguments(rig: Rig, cluster: Cluster, kubeconfig: str) -> None:
     (key,) = rig.keys
     await rig.use(rig.nodes[0])

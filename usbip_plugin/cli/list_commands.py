@@ -8,6 +8,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import NoReturn, Protocol
 
 from usbip_plugin.cli.devices import COLUMNS, changes, rows, select
 from usbip_plugin.cli.nodes import NODE_COLUMNS, SERVER_COLUMNS, node_rows, server_rows
@@ -17,7 +18,7 @@ from usbip_plugin.cli.sources import ASKING, Sources, connected, read_sources
 from usbip_plugin.cli.spinner import spinner
 from usbip_plugin.cli.tables import Columns, Row, show, structured, widths
 from usbip_plugin.clock import Clock, SystemClock
-from usbip_plugin.errors import KubeError
+from usbip_plugin.errors import KubeError, PluginError
 from usbip_plugin.locks.kubernetes import KubernetesLeases
 from usbip_plugin.locks.record import LOCK_LABELS, LeaseStore
 
@@ -37,7 +38,6 @@ async def devices(options: argparse.Namespace) -> int:
         if options.watch:
             store, clock = KubernetesLeases(kube, namespace), SystemClock()
             await follow(options, read, LockChanges(store, clock))
-            return Exit.DONE
         async with spinner(ASKING):
             sources = await read()
     _note(sources.problems)
@@ -68,6 +68,14 @@ async def servers(options: argparse.Namespace) -> int:
     return Exit.DONE
 
 
+class Changes(Protocol):
+    """Says when to look at the devices again. next() works only while run() runs."""
+
+    async def run(self) -> None: ...
+
+    async def next(self) -> None: ...
+
+
 class LockChanges:
     """Says when a lock has changed. Works only while run() runs."""
 
@@ -95,10 +103,10 @@ class LockChanges:
         self._changed.clear()
 
 
-async def follow(options: argparse.Namespace, read: Callable[[], Awaitable[Sources]], changed: LockChanges) -> None:
+async def follow(options: argparse.Namespace, read: Callable[[], Awaitable[Sources]], changed: Changes) -> NoReturn:
     """Shows the devices, and then each one that changes, until cancelled.
 
-    Raises the error of the first read; later ones are said once each.
+    Raises the error of the first read, and BrokenPipeError if nobody reads the output. Says later errors once each.
     """
     sources = await read()
     shown = _chosen(options, sources)
@@ -106,19 +114,25 @@ async def follow(options: argparse.Namespace, read: Callable[[], Awaitable[Sourc
     _note(sources.problems)
     sizes = widths(shown, COLUMNS.table)
     _show_changes(shown, options, sizes, head=not options.no_headers)
+    unread: BrokenPipeError | None = None
     async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(changed.run())
-        while True:
+        watching = tasks.create_task(changed.run())
+        while unread is None:
             await changed.next()
             try:
                 sources = await read()
                 now_wrong = sources.problems
                 found = _chosen(options, sources, missing_ok=True)
-            except KubeError as error:
+            except PluginError as error:
                 now_wrong, found = (str(error),), shown
             _note(line for line in now_wrong if line not in problems)
-            _show_changes(changes(shown, found), options, sizes, head=False)
+            try:
+                _show_changes(changes(shown, found), options, sizes, head=False)
+            except BrokenPipeError as error:  # raised below: the group would wrap it
+                unread = error
             problems, shown = frozenset(now_wrong), found
+        watching.cancel()
+    raise unread
 
 
 def _show_changes(found: Sequence[Row], options: argparse.Namespace, sizes: Sequence[int], *, head: bool) -> None:
