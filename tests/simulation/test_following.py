@@ -43,9 +43,13 @@ from usbip_plugin.claims import ClaimState
 from usbip_plugin.config.schema import DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.errors import ClaimBusy
 from usbip_plugin.locks import record
+from usbip_plugin.locks.record import Lease
 from usbip_plugin.model import DeviceKey, Reason
 from usbip_sim.virtual.cluster_node import ClusterNode
 from usbip_sim.virtual.steploop import stepped
+
+AT_ONCE_S = 1.0
+"""Virtual seconds for an attach without a wait between two tries."""
 
 
 @stepped
@@ -84,6 +88,24 @@ async def test_a_moved_device_is_attached_within_five_seconds_of_being_listed() 
         poller = agent(node).poller
         assert await c.settle(lambda: any(d.busid == "1-2" for d in poller.views[LAB].devices), 10)
         await c.becomes(node, HOME, healthy=True, within=SOON_S)
+        assert node.attached() == {HERE}
+
+
+@stepped
+async def test_a_moved_device_that_another_node_reads_is_attached_as_soon_as_it_is_read() -> None:
+    async with red_taken() as (c, lab, node):
+        notes = {record.SERVER: str(LAB), record.BUSID: "1-2", record.USB_ID: str(STICK)}
+        c.backend.create(Lease(HERE.id, "node-z", 40, annotations=notes, labels=record.LOCK_LABELS))
+        carry(lab, "1-1", lab, "1-2")
+        await c.becomes(node, HOME, healthy=False)
+        await asyncio.sleep(8)  # attempts are 3.5 s apart now
+        assert node.attached() == frozenset()
+        listed = agent(node).poller.view(LAB).find("1-2")
+        assert listed is not None
+        lease = c.backend.leases[HERE.id]
+        notes |= {record.SERIAL: "RED", record.READ_FROM: str(listed.devid)}
+        c.backend.replace(replace(lease, holder="", annotations=notes))
+        await c.becomes(node, HOME, healthy=True, within=AT_ONCE_S)
         assert node.attached() == {HERE}
 
 

@@ -16,7 +16,15 @@ from usbip_plugin.claims import Claim, ClaimState, Resources
 from usbip_plugin.config.schema import Config, Selector
 from usbip_plugin.config.selectors import Match, matches
 from usbip_plugin.context import NodeContext
-from usbip_plugin.errors import ClaimBusy, PluginError, ServerUnreachable, UsbipError, WrongDevice, WrongSerial
+from usbip_plugin.errors import (
+    ClaimBusy,
+    LockHeld,
+    PluginError,
+    ServerUnreachable,
+    UsbipError,
+    WrongDevice,
+    WrongSerial,
+)
 from usbip_plugin.locks.manager import LockManager
 from usbip_plugin.model import Descriptor, DeviceKey, Identity, ServerKey
 from usbip_plugin.sync import Broadcast
@@ -296,6 +304,8 @@ class DeviceLocator:
         key = candidate.key
         try:
             await self.probe(key, candidate.descriptor)
+        except LockHeld:
+            return  # another node has it, perhaps only to read it; its lock says when that is over
         except PluginError as error:
             # each try to find the lost device probes this one again: the same failure is logged once
             if isinstance(error, UsbipError) and self._failures.get(key) != str(error):

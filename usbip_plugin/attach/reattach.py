@@ -37,6 +37,7 @@ from usbip_plugin.errors import (
     WrongSerial,
 )
 from usbip_plugin.locks.manager import LockManager
+from usbip_plugin.locks.watch import LockChange
 from usbip_plugin.model import Attachment, DeviceKey, Identity, PodRef
 from usbip_plugin.observe.spans import Tries, device_attributes, failed, pod_attributes, span
 from usbip_plugin.observe.tracing import remote_parent
@@ -125,7 +126,7 @@ class Reattacher:
         evict: Callable[[PodRef, str], None],
         on_reattach: Callable[[Reattach], None],
     ) -> None:
-        """Subscribes to the poller and the locator.
+        """Subscribes to the poller, the locks and the locator.
 
         evict(pod, cause): begins to evict a pod whose device was re-attached with other device nodes.
         on_reattach: called with the result of each try.
@@ -144,6 +145,7 @@ class Reattacher:
         self._wakeups: dict[str, asyncio.Event] = {}
         locator.probe_ended.subscribe(self._look_everywhere)
         poller.subscribe(self._server_changed)
+        locks.subscribe(self._lock_changed)
 
     def look_again(self, device_id: str) -> None:
         """Ends the wait of a re-attach: it makes its next try now, or ends if its claim is no longer Reattaching."""
@@ -156,6 +158,18 @@ class Reattacher:
         for device_id in self._wakeups:
             claim = self._tasks.book.get(device_id)
             if claim is not None and self.locator.may_be_listed(claim, view.server):
+                self.look_again(device_id)
+
+    def _lock_changed(self, change: LockChange) -> None:
+        """Starts the next try at once for each lost device that may be the one whose lock another node has released.
+
+        It may have taken the lock only to read the serial number.
+        """
+        if not change.former or change.new is None or change.new.holder:
+            return
+        for device_id in self._wakeups:
+            claim = self._tasks.book.get(device_id)
+            if claim is not None and claim.serial and claim.serial == change.new.serial:
                 self.look_again(device_id)
 
     def pod_known(self, claim: Claim) -> None:

@@ -23,7 +23,7 @@ from usbip_plugin.attach.locate import (
 from usbip_plugin.claims import Claim, ClaimState
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.context import NodeContext
-from usbip_plugin.errors import DeviceUnknown
+from usbip_plugin.errors import DeviceUnknown, LockHeld, PluginError
 from usbip_plugin.model import DeviceKey, Identity, ServerKey, UsbId
 from usbip_plugin.observe.tracing import Tracing
 from usbip_plugin.usbip.poller import ServerView, listed
@@ -136,8 +136,9 @@ def test_a_lost_device_is_searched_on_its_server_and_with_a_serial_number_on_tho
 class Unreadable:
     """A pipeline whose devices have all gone, the claims of a node without any, and everything else a locator needs."""
 
-    def __init__(self) -> None:
+    def __init__(self, error: PluginError | None = None) -> None:
         self.book = self
+        self._error = error
 
     def in_use(self, _device_id: str) -> bool:
         return False
@@ -149,7 +150,7 @@ class Unreadable:
         pass
 
     async def probe(self, key: DeviceKey, _descriptor: object) -> Identity:
-        raise DeviceUnknown(key)
+        raise self._error or DeviceUnknown(key)
 
 
 async def test_failed_probes_of_devices_that_a_server_lists_no_longer_are_forgotten() -> None:
@@ -168,3 +169,16 @@ async def test_failed_probes_of_devices_that_a_server_lists_no_longer_are_forgot
         assert key in locator._failures, "the same failure is logged once"
         clock.time += 2 * UNLISTED_AFTER_PROBE
     assert len(locator._failures) <= 2
+
+
+@pytest.mark.parametrize(("error", "left_alone"), [(LockHeld("x", "node-b"), False), (DeviceUnknown(KEY), True)])
+async def test_a_device_that_another_node_reads_is_not_left_alone_after_that(
+    error: PluginError, left_alone: bool
+) -> None:
+    context = NodeContext(ME, SteppedClock(), random.Random(0), Tracing("n", version="1", environ={}).tracer)
+    nothing: Any = Unreadable(error)
+    locator = DeviceLocator(context, locks=nothing, poller=nothing, resources=nothing, tasks=nothing, pipeline=nothing)
+    locator._probing[KEY.id] = found = Candidate(KEY, descriptor(KEY.busid), None, probed=False)
+    await locator._probe(found)
+    assert not locator._probing
+    assert (KEY in locator._readings) is left_alone
