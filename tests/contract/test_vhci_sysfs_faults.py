@@ -729,6 +729,37 @@ class TestBulkheads:
         assert read.is_set()
         assert {port.status for port in await driver.ports()} == {PortStatus.NULL}
 
+    @pytest.mark.parametrize("known", [True, False], ids=["same process", "next process"])
+    async def test_a_device_that_keeps_its_lock_blocks_neither_the_plugin_nor_its_detach(
+        self, rig: FakeSysfsRig, known: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The kernel reads strings under the lock of the device, which a driver may have while its server is silent."""
+        monkeypatch.setattr("usbip_plugin.vhci.linux.READ_S", 0.1)
+        rig.sysfs.serials[TWINS[0].devid] = "A1"
+        driver = rig.plugin()
+        attachment = await attached(driver, await rig.import_twin(0))
+        serial = rig.sysfs.rows[attachment.port].device / "serial"
+        serial.unlink()
+        os.mkfifo(serial)  # a read blocks until somebody writes
+        rescued = threading.Event()
+
+        def rescue() -> None:
+            rescued.set()
+            with contextlib.suppress(OSError):
+                os.close(os.open(serial, os.O_WRONLY | os.O_NONBLOCK))
+
+        timer = threading.Timer(LIMIT_S, rescue)
+        timer.start()
+        try:
+            later = driver if known else rig.plugin()
+            assert await later.inspect(attachment.key, attachment.port) == (attachment if known else None)
+            with contextlib.suppress(OSError):  # whoever reads has opened it
+                os.close(os.open(serial, os.O_WRONLY | os.O_NONBLOCK))
+            await later.detach(attachment.port, timeout=LIMIT_S)
+            assert not rescued.is_set()
+        finally:
+            timer.cancel()
+
     async def test_a_detach_does_not_wait_for_the_attach_of_another_device(self, rig: FakeSysfsRig) -> None:
         entered, go_on = asyncio.Event(), threading.Event()
         loop = asyncio.get_running_loop()

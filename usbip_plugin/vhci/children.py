@@ -162,6 +162,5 @@ class Children:
     @staticmethod
     def _nodes(device: Path, attributes: DeviceAttributes) -> DeviceNodes:
         found = read_nodes(device, attributes)
-        now = read_attributes(device)
-        same = now is not None and (now.devnum, now.usb_id) == (attributes.devnum, attributes.usb_id)
-        return found if same else DeviceNodes()
+        now = read_attributes(device, strings=False)
+        return found if now is not None and now.is_same_device(attributes) else DeviceNodes()

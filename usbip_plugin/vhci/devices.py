@@ -38,9 +38,17 @@ class DeviceAttributes:
     manufacturer: str | None = None
     model: str | None = None
 
+    def is_same_device(self, other: DeviceAttributes) -> bool:
+        """Returns whether both were read from one device, since it was enumerated last."""
+        return (self.devnum, self.usb_id) == (other.devnum, other.usb_id)
 
-def read_attributes(device: Path) -> DeviceAttributes | None:
-    """Returns the attributes of the device in this sysfs directory, or None if the directory is incomplete or gone."""
+
+def read_attributes(device: Path, *, strings: bool = True) -> DeviceAttributes | None:
+    """Returns the attributes of the device in this sysfs directory, or None if the directory is incomplete or gone.
+
+    strings: whether to read the strings, too. The kernel does that under the device's lock (usb_string_attr), so it
+    blocks while a driver or a write to `authorized` has the lock: without end, if a server answers no URB.
+    """
     try:
         usb_id = UsbId(_usb_number(device / "idVendor"), _usb_number(device / "idProduct"))
         devnum = _number(text(device / "devnum"))
@@ -48,6 +56,8 @@ def read_attributes(device: Path) -> DeviceAttributes | None:
         text(device / "dev")
     except (OSError, ValueError):
         return None
+    if not strings:
+        return DeviceAttributes(usb_id, devnum, authorized, None)
     serial, manufacturer, model = (_string(device / name) for name in ("serial", "manufacturer", "product"))
     return DeviceAttributes(usb_id, devnum, authorized, serial, manufacturer, model)
 

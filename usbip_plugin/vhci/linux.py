@@ -30,7 +30,7 @@ from usbip_plugin.errors import (
     WrongSerial,
 )
 from usbip_plugin.model import Attachment, Descriptor, DeviceKey, InterfaceRules
-from usbip_plugin.sync import Broadcast
+from usbip_plugin.sync import Broadcast, OwnThreads
 from usbip_plugin.vhci.children import Children
 from usbip_plugin.vhci.devices import DeviceAttributes, DeviceNodes, read_attributes, read_nodes
 from usbip_plugin.vhci.driver import (
@@ -71,6 +71,7 @@ RECORDS = Path("/run/vhci_hcd")
 """Directory of the port records, shared by the `usbip` tool and the plugin."""
 
 END_S = 0.05  # seconds of the enumeration timeout reserved for returning the nodes found so far
+READ_S = 5.0  # seconds that reading the strings of a device may take; it takes microseconds in practice
 ATTACH_TRIES = 4  # ports to try if another process takes the chosen port before the attach
 _FD_BASE, _FD_SPAN = 100, 400  # lowest descriptor number of a socket for the kernel, and how much the clock may add
 
@@ -113,6 +114,8 @@ class SysfsVhci:
         self._free: dict[int, PortState] = {}
         self._fastest = SPEED_SUPER_PLUS  # the greatest speed that this kernel is known to take, or not to refuse
         self._recorded: Counter[int] = Counter()  # by port: how many records this process has written
+        self._attributes: dict[int, DeviceAttributes] = {}  # by port: of the device that was read there last
+        self._reading: dict[int, asyncio.Future[DeviceAttributes | None]] = {}  # by port: reads of strings under way
 
     async def ports(self) -> tuple[PortState, ...]:
         return tuple(self._free_state(p) if p.status is PortStatus.NULL else self._state(p) for p in self._table.all())
@@ -225,6 +228,7 @@ class SysfsVhci:
 
     def _forget(self, port: int, only: DeviceKey | None = None) -> None:
         self._occupants.pop(port, None)
+        self._attributes.pop(port, None)
         self._guard.release(port)
         self._interfaces.release(port)
         self._records.remove(port, only)
@@ -302,21 +306,45 @@ class SysfsVhci:
         device = device_dir(self._sysfs, port)
         if port.status is not PortStatus.USED or port.local_busid is None or device is None:
             return None
-        attributes = read_attributes(device)
-        return None if attributes is None else (device, attributes)
+        attributes = read_attributes(device)  # no driver has the device's lock before it is authorised
+        if attributes is None:
+            return None
+        self._attributes[number] = attributes
+        return device, attributes
 
     async def inspect(self, key: DeviceKey, port: int) -> Attachment | None:
         row = self._table.one(port)
         device = device_dir(self._sysfs, row)
         if row.occupant is None or row.local_busid is None or device is None or self._foreign(row):
             return None
-        attributes = read_attributes(device)
-        if attributes is None or not attributes.authorized or not (found := read_nodes(device, attributes)).nodes:
+        now = read_attributes(device, strings=False)
+        if now is None or not now.authorized:
+            return None
+        attributes = self._attributes.get(port)
+        if attributes is None or not attributes.is_same_device(now):
+            attributes = await self._read_strings(port, device)
+            if attributes is None or not attributes.is_same_device(now) or self._table.one(port) != row:
+                return None
+            self._attributes[port] = attributes
+        if not (found := read_nodes(device, attributes)).nodes:
             return None
         if (record := self._records.read(port)) is not None and record.unfinished:
             return None
         self._occupants[port] = row.occupant
         return _attachment(key, port, device, attributes, found)
+
+    async def _read_strings(self, port: int, device: Path) -> DeviceAttributes | None:
+        """Returns the attributes with their strings, or None if the device keeps its lock for READ_S. Cancel-safe."""
+        reading = self._reading.get(port)
+        if reading is None:
+            thread = OwnThreads(f"strings {port}")
+            reading = asyncio.get_running_loop().run_in_executor(thread, read_attributes, device)
+            self._reading[port] = reading
+            reading.add_done_callback(lambda _read: self._reading.pop(port))
+        with contextlib.suppress(TimeoutError):
+            async with self._clock.timeout(READ_S):
+                return await asyncio.shield(reading)
+        return None
 
     def _foreign(self, port: Port) -> bool:
         known = self._occupants.get(port.number)
@@ -342,7 +370,7 @@ class SysfsVhci:
             if self._foreign(before):
                 return
             device = device_dir(self._sysfs, before)
-            old = None if device is None else read_attributes(device)
+            old = None if device is None else read_attributes(device, strings=False)
             if before.status is not PortStatus.NULL:
                 await self._write_detach(number)
             if before.status is PortStatus.NOTASSIGNED:
@@ -355,7 +383,7 @@ class SysfsVhci:
             free = free or now.status is PortStatus.NULL or _replaced(before, now)
             if not free:
                 return None
-            left = None if device is None or old is None else read_attributes(device)
+            left = None if device is None or old is None else read_attributes(device, strings=False)
             return None if left is not None and old is not None and left.devnum == old.devnum else True
 
         await self._changed.until_within(gone, self._clock, timeout=timeout)
