@@ -310,15 +310,23 @@ class LockError(PluginError):
     """An error of the cluster-wide lock of one device."""
 
 
+OTHER_BOOT = "under another boot id (it has been rebooted, or two machines have its name)"
+"""What is said of a node that holds a lock under another boot id than the node's that asks."""
+
+
 class LockHeld(LockError):
     """Another node holds the lock of the device.
 
     pod: namespace/name of the holder's pod. since: RFC 3339 text. Both None if the lock does not have them.
+    other_boot: whether the holder has this node's name, and another boot id.
     """
 
-    def __init__(self, device: str, holder: str, pod: str | None = None, since: str | None = None) -> None:
+    def __init__(
+        self, device: str, holder: str, pod: str | None = None, since: str | None = None, *, other_boot: bool = False
+    ) -> None:
         self.device, self.holder, self.pod, self.since = device, holder, pod, since
-        details = (f" for pod {pod}" if pod else "") + (f" since {since}" if since else "")
+        details = f" {OTHER_BOOT}" if other_boot else ""
+        details += (f" for pod {pod}" if pod else "") + (f" since {since}" if since else "")
         super().__init__(f"{device} is held by node {holder}{details}")
 
 

@@ -26,6 +26,7 @@ from usbip_plugin.config.schema import ResourceConfig
 from usbip_plugin.config.selectors import allowed_interfaces, may_select, selector_for
 from usbip_plugin.context import NodeContext
 from usbip_plugin.errors import (
+    OTHER_BOOT,
     AttachStuck,
     DeviceBusy,
     LockError,
@@ -345,7 +346,7 @@ class Pipeline:
             return await self._locks.acquire(claim.key, meta, claimed=True, attached=attached)
         except LockHeld as held:
             if held.holder == self._me.node:
-                cause = "another boot of this node holds it, and its server does not list it as free (rule R3)"
+                cause = f"held by node {held.holder} {OTHER_BOOT}, and its server does not list it as free (rule R3)"
                 raise LockUnavailable(str(claim.key), cause) from held
             raise LockLost(str(claim.key), held.holder) from held
 

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 
 from usbip_plugin.claims import Claim, ClaimState, place_of, serves
 from usbip_plugin.config.selectors import Match, matches
+from usbip_plugin.errors import OTHER_BOOT
 from usbip_plugin.inventory.snapshot import OfferedDevice, Snapshot
 from usbip_plugin.inventory.turns import OFFERED_BY_ALL_S
 from usbip_plugin.locks.protocol import LockStatus
@@ -112,7 +114,7 @@ def health(snapshot: Snapshot, offered: OfferedDevice, resource: str) -> Health:
     unlisted = import_obstacle(snapshot, offered)
     resetting = device_id in snapshot.released and unlisted is not None and unlisted.reason is Reason.NOT_LISTED
     if unlisted is not None and not resetting:
-        return unlisted
+        return replace(unlisted, detail=unlisted.detail + _other_boot(snapshot, device_id))
     speed = offered.descriptor.speed if offered.descriptor is not None else 0
     if (snapshot.driver.free_ss if speed >= SUPER_SPEED else snapshot.driver.free_hs) == 0:
         hub = "SuperSpeed (ss)" if speed >= SUPER_SPEED else "high-speed (hs)"
@@ -161,7 +163,7 @@ def _claim_health(claim: Claim, snapshot: Snapshot) -> Health:
             without = f", without {' and '.join(map(described, withheld))}" if withheld else ""
             return Health(Reason.ATTACHED, f"port {claim.port}{where}{pod}{without}")
         case ClaimState.REATTACHING:
-            why = f"; {claim.blocked_by}" if claim.blocked_by else ""
+            why = (f"; {claim.blocked_by}" if claim.blocked_by else "") + _other_boot(snapshot, claim.id)
             return Health(Reason.LOST, f"connection to {claim.location.server} lost{why}")
         case ClaimState.LOST:
             by_hand = (
@@ -193,6 +195,13 @@ def _identity_health(snapshot: Snapshot, offered: OfferedDevice, listed: Descrip
             return Health(Reason.LISTED_WRONG, f"{offered.key} no longer matches {selector}")
         case Match.YES:
             return None
+
+
+def _other_boot(snapshot: Snapshot, device_id: str) -> str:
+    """Returns, to be appended to a reason, that a machine of this node's name holds the lock, or "" (R3)."""
+    if snapshot.lock_statuses.get(device_id) is not LockStatus.OTHER_BOOT:
+        return ""
+    return f"; {_held_by(snapshot.locks[device_id])} {OTHER_BOOT}"
 
 
 def _held_by(lock: Lock) -> str:

@@ -112,7 +112,9 @@ class LockStatus(enum.Enum):
     FREE = "free"
     """No Lease exists, or its holder is empty (R2)."""
     MINE = "mine"
-    """The holder is this node, under this boot or an earlier one."""
+    """The holder is this boot of this node."""
+    OTHER_BOOT = "other boot"
+    """The holder is this node's name under another boot id: the kernel before a reboot, or another machine (R3)."""
     HELD = "held"
     """Another node holds the lock, and this node has not seen it expire."""
     EXPIRED = "expired"
@@ -334,11 +336,11 @@ def may_take_over(lease: Lease, observation: Observation | None) -> bool:
 
 
 def lock_status(lease: Lease | None, me: NodeIdentity, observation: Observation | None) -> LockStatus:
-    """Returns the state of a lock as this node sees it. MINE includes a lock of an earlier boot of this node (R3)."""
+    """Returns the state of a lock as this node sees it."""
     if lease is None or is_free(lease):
         return LockStatus.FREE
     if lease.holder == me.node:
-        return LockStatus.MINE
+        return LockStatus.MINE if is_mine(lease, me) else LockStatus.OTHER_BOOT
     return LockStatus.EXPIRED if may_take_over(lease, observation) else LockStatus.HELD
 
 

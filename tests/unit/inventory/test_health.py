@@ -57,6 +57,17 @@ def health_of(now: Snapshot) -> Health:
             "lab:3240/1-1 is a USB hub, and USB/IP cannot carry hubs",
         ),
         (snapshot(servers={LAB: view()}, released=frozenset({KEY.id})), Reason.FREE, ""),
+        (snapshot(**held("node-a", LockStatus.OTHER_BOOT)), Reason.FREE, ""),
+        (
+            snapshot(**claim(ClaimState.REATTACHING) | held("node-a", LockStatus.OTHER_BOOT)),
+            Reason.LOST,
+            "held by node node-a under another boot id",
+        ),
+        (
+            snapshot(servers={LAB: view()}, **held("node-a", LockStatus.OTHER_BOOT)),
+            Reason.NOT_LISTED,
+            "held by node node-a under another boot id",
+        ),
         (
             snapshot(servers={LAB: view(descriptor(usb_id=DONGLE))}, released=frozenset({KEY.id})),
             Reason.LISTED_WRONG,

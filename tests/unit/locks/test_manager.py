@@ -128,7 +128,7 @@ async def test_an_acquire_by_another_boot_begins_an_epoch_without_an_attachment(
     await old.manager.annotate(KEY, port=2, pod=POD)
     await old.stop()
     new = await w.node("a", "boot-2")
-    assert new.manager.lock_status(KEY.id) is LockStatus.MINE
+    assert new.manager.lock_status(KEY.id) is LockStatus.OTHER_BOOT
     with pytest.raises(LockLost):
         await new.manager.renew(KEY)
     grant = await new.manager.acquire(KEY)
@@ -291,7 +291,7 @@ async def rebooted(w: World) -> Node:
 async def test_a_lock_of_another_boot_is_taken_only_if_the_server_lists_the_device_as_free(w: World) -> None:
     after = await rebooted(w)
     for after.export_state in (ExportState.UNLISTED, ExportState.LISTED, ExportState.UNKNOWN):
-        with pytest.raises(LockHeld):
+        with pytest.raises(LockHeld, match="held by node a under another boot id"):
             await after.manager.acquire(KEY)
     after.export_state = ExportState.FREE
     assert (await after.manager.acquire(KEY)).epoch == 2

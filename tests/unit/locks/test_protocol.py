@@ -277,7 +277,8 @@ def test_the_status_of_a_lock_follows_from_holder_and_observation() -> None:
     lease = held(OTHER)
     assert protocol.lock_status(None, ME, None) is LockStatus.FREE
     assert protocol.lock_status(released(OTHER), ME, None) is LockStatus.FREE
-    assert protocol.lock_status(held(REBOOTED), ME, None) is LockStatus.MINE
+    assert protocol.lock_status(held(ME), ME, None) is LockStatus.MINE
+    assert protocol.lock_status(held(REBOOTED), ME, None) is LockStatus.OTHER_BOOT
     assert protocol.lock_status(lease, ME, aged(lease, None, 39)) is LockStatus.HELD
     assert protocol.lock_status(lease, ME, aged(lease, None, 40)) is LockStatus.EXPIRED
 
