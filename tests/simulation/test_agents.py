@@ -750,7 +750,7 @@ async def test_a_rebooted_node_takes_its_own_lock_again_for_a_pod_that_is_still_
         epoch = c.backend.leases[device.id].transitions
         node.reboot()
         node.start()
-        assert await c.settle(lambda: node.attached() == {device}, 10)
+        assert await c.settle(lambda: node.attached() == {device}, SETTLE)
         assert c.holder(device) == "node-a"
         assert c.backend.leases[device.id].transitions == epoch + 1, "another boot is another epoch (R3)"
 
