@@ -107,7 +107,7 @@ e2e: $(VENV)/.test ## the end-to-end suite on a kind cluster of its own; KEEP=1 
 tour: ## the README's five minutes with kind, its own commands, and a second pod that waits for the device (Docker, or root)
 	tests/lab/kind/tour.sh
 
-test-kubelet: $(VENV)/.test ## the same on two kubelets with containerd, side by side on this machine (Debian, root)
+test-kubelet: $(VENV)/.test ## the same on two kubelets with containerd, side by side on this machine (Debian, root); K8S=1.31, CONTAINERD=1.7: others
 	PYTHON=$(BIN)/python tests/lab/cluster/e2e.sh $(ARGS)
 
 test-outage: $(VENV)/.test ## the API server away for OUTAGE_SECONDS (300) while pods use devices; on the same kubelets

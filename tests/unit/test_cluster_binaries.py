@@ -14,12 +14,16 @@ import pytest
 
 BUILD = Path(__file__).parents[1] / "lab" / "cluster" / "build.sh"
 VERSIONS = dict(re.findall(r"\b([A-Z0-9]+)=(\d+\.\d+\.\d+)", BUILD.read_text(encoding="utf-8")))
+K8S = re.findall(r"^K8S_VERSIONS='([^']+)'", BUILD.read_text(encoding="utf-8"), re.MULTILINE)[0].split()
 MODULES = {
-    "kube-apiserver": f"k8s.io/kubernetes\tv{VERSIONS['K8S']}",
+    "kube-apiserver": f"k8s.io/kubernetes\tv{K8S[-1]}",
     "etcd": f"go.etcd.io/etcd/server/v3\tv{VERSIONS['ETCD']}",
     "helm": f"helm.sh/helm/v3\tv{VERSIONS['HELM']}",
 }
+CHOICES = ("KUBEBUILDER_ASSETS", "K8S", "CONTAINERD")
+"""Variables that choose other binaries."""
 INFRASTRUCTURE = 75
+USAGE = 2
 PATIENCE_S = 20.0
 GO = """#!/bin/bash
 echo "$*" >>"$FAKE/calls"
@@ -50,7 +54,7 @@ class Machine:
             (home / name).write_text(text, encoding="utf-8")
             (home / name).chmod(0o755)
         for name, module in MODULES.items():
-            (home / f"module-of-{name}").write_text(module, encoding="utf-8")
+            self.builds(name, module)
         self.fails(gets=0)
 
     def fails(self, *, gets: int = 0, build: bool = False) -> None:
@@ -71,8 +75,13 @@ class Machine:
                 fcntl.flock(stack.enter_context((self.cache / name).open("w")), fcntl.LOCK_EX)
             yield
 
-    def build(self, *groups: str) -> subprocess.CompletedProcess[str]:
-        plain = {name: value for name, value in os.environ.items() if name != "KUBEBUILDER_ASSETS"}
+    def builds(self, name: str, module: str) -> None:
+        """Sets what the next build of a binary is built from."""
+        (self._home / f"module-of-{name}").write_text(module, encoding="utf-8")
+
+    def build(self, *groups: str, **versions: str) -> subprocess.CompletedProcess[str]:
+        """Runs build.sh. versions: K8S and CONTAINERD."""
+        plain = {name: value for name, value in os.environ.items() if name not in CHOICES} | versions
         environment = {**plain, "PATH": f"{self._home}:{os.environ['PATH']}", "FAKE": str(self._home)}
         environment["USBIP_PLUGIN_CACHE"] = str(self.cache.parent)
         return subprocess.run(
@@ -119,6 +128,41 @@ def test_a_binary_of_another_version_is_built_again(machine: Machine) -> None:
     assert machine.build("apiserver").returncode == 0
     assert [Path(call.split()[-2]).name for call in machine.calls() if call.startswith("build")] == ["etcd.bin"]
     assert MODULES["etcd"] in (machine.bin / "etcd").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("wanted", [K8S[0], K8S[0].rpartition(".")[0]])
+def test_another_kubernetes_has_a_directory_of_its_own_that_shares_what_is_equal(machine: Machine, wanted: str) -> None:
+    for name, module in MODULES.items():
+        machine.has(name, module)
+    module = f"k8s.io/kubernetes\tv{K8S[0]}"
+    machine.builds("kube-apiserver", module)
+    done = machine.build("apiserver", K8S=wanted)
+    assert done.returncode == 0, done.stderr
+    directory = Path(done.stdout.strip())
+    assert directory != machine.bin
+    assert module in (directory / "kube-apiserver").read_text(encoding="utf-8")
+    assert (directory / "etcd").resolve() == machine.bin / "etcd"
+    assert MODULES["kube-apiserver"] in (machine.bin / "kube-apiserver").read_text(encoding="utf-8"), "stays"
+    again = machine.build("apiserver", K8S=wanted)
+    assert (again.stdout, again.stderr) == (done.stdout, ""), "nothing to build"
+    assert machine.build("apiserver").stdout == f"{machine.bin}\n", "the newest is the default"
+
+
+@pytest.mark.parametrize(
+    ("choice", "known"),
+    [
+        ({"K8S": "1.3"}, f"{' '.join(K8S)}, or a series such as {K8S[-1].rpartition('.')[0]}"),
+        ({"CONTAINERD": "3"}, "1.7"),
+    ],
+)
+def test_a_version_that_the_lab_does_not_have_is_an_error_with_those_that_it_has(
+    machine: Machine, choice: dict[str, str], known: str
+) -> None:
+    done = machine.build("apiserver", **choice)
+    assert (done.returncode, done.stdout) == (USAGE, "")
+    ((name, value),) = choice.items()
+    assert f"build.sh: {name}={value}: expected one of {known}" in done.stderr
+    assert machine.calls() == []
 
 
 @pytest.mark.parametrize(("failures", "status"), [(2, 0), (3, INFRASTRUCTURE)])

@@ -7,12 +7,15 @@
 #   helm        helm
 #   promtool    promtool, and the resource definitions of the Prometheus operator and OpenShift in ../crds
 #   release     actionlint, helm-docs, validate-krew-manifest
+# K8S=1.31|1.33|1.35|1.36|1.37 and CONTAINERD=1.7|2.4 choose other versions; the newest are the default.
 # Kept in the cache ($USBIP_PLUGIN_CACHE, default ~/.cache/usbip-plugin). What is missing or has another version is built from
 # Go modules: Go >= 1.26 and, for runc, libseccomp-dev and pkg-config; about 14 minutes for all groups on 2 cores from an empty
 # module cache. Takes a lock only to build, one for each group. apiserver alone may come from $KUBEBUILDER_ASSETS instead.
 # Exit status 75: something cannot be downloaded (in three tries) or built. That says nothing about the project.
 set -euo pipefail
-K8S=1.37.2 ETCD=3.7.3 CONTAINERD=2.4.2 RUNC=1.5.2 CNI=1.9.1 KIND=0.33.0 COREDNS=1.14.6 HELM=3.22.0 PROMETHEUS=0.316.0 OPERATOR=0.85.0
+# the last is the default
+K8S_VERSIONS='1.31.14 1.33.13 1.35.4 1.36.3 1.37.2' CONTAINERD_VERSIONS='1.7.35 2.4.2'
+ETCD=3.7.3 RUNC=1.5.2 CNI=1.9.1 KIND=0.33.0 COREDNS=1.14.6 HELM=3.22.0 PROMETHEUS=0.316.0 OPERATOR=0.85.0
 ACTIONLINT=1.7.12 HELM_DOCS=1.14.2 KREW=0.4.3 OPENSHIFT=0.0.0-20251015095338-264e80a2b6e7
 [ $# -gt 0 ] || set -- apiserver
 if [ "$*" = apiserver ] && [ -n "${KUBEBUILDER_ASSETS:-}" ]; then
@@ -21,16 +24,43 @@ if [ "$*" = apiserver ] && [ -n "${KUBEBUILDER_ASSETS:-}" ]; then
   done
   echo "$KUBEBUILDER_ASSETS"; exit
 fi
+
+# choose NAME WANTED VERSION...: the newest version that is WANTED or of that series, such as 1.31 or 2; the last without WANTED
+choose() {
+  local version chosen=''
+  for version in "${@:3}"; do
+    case $version in "${2:-$version}" | "$2".*) chosen=$version ;; esac
+  done
+  [ -n "$chosen" ] || { echo "build.sh: $1=$2: expected one of ${*:3}, or a series such as ${version%.*}" >&2; return 2; }
+  echo "$chosen"
+}
+
+# shellcheck disable=SC2086 # one word each
+K8S=$(choose K8S "${K8S:-}" $K8S_VERSIONS)
+# shellcheck disable=SC2086
+CONTAINERD=$(choose CONTAINERD "${CONTAINERD:-}" $CONTAINERD_VERSIONS)
 dir=${USBIP_PLUGIN_CACHE:-$HOME/.cache/usbip-plugin}/k8s
-mkdir -p "$dir/bin"
+# other versions have a directory of their own, with links to what they share
+bin=$dir/bin
+[ "$K8S $CONTAINERD" = "${K8S_VERSIONS##* } ${CONTAINERD_VERSIONS##* }" ] || bin=$dir/bin-k8s-$K8S-containerd-$CONTAINERD
+mkdir -p "$bin"
 export CGO_ENABLED=0
 building='' missing=() work=''
 trap '[ -z "$work" ] || rm -rf "$work"' EXIT
 
 fail() { echo "build.sh: $1" >&2; exit 75; }
 
-# have NAME MODULE VERSION: whether the binary was built from that version, which Go records in each binary
-have() { [ -x "$dir/bin/$1" ] && LC_ALL=C grep -qaF "$(printf '\t%s\tv%s\t' "$2" "$3")" "$dir/bin/$1"; }
+# have NAME MODULE VERSION: whether a binary was built from that version, which Go records in each binary; links it if it is
+# another directory's
+have() {
+  local file
+  for file in "$bin/$1" "$dir"/bin*/"$1"; do
+    [ -x "$file" ] && LC_ALL=C grep -qaF "$(printf '\t%s\tv%s\t' "$2" "$3")" "$file" || continue
+    [ "$file" = "$bin/$1" ] || ln -sfn "$(realpath "$file")" "$bin/$1"
+    return 0
+  done
+  return 1
+}
 
 need_go() {
   command -v go >/dev/null && return
@@ -51,7 +81,7 @@ thrice() {
 # build NAME MODULE-DIR PACKAGE [go build flags]
 build() {
   (cd "$2" && go build -trimpath "${@:4}" -o "$work/$1.bin" "$3" >&2) || fail "building $1 failed"
-  mv "$work/$1.bin" "$dir/bin/$1"
+  mv "$work/$1.bin" "$bin/$1"
 }
 
 # fetch_kubernetes NAME...
@@ -152,7 +182,8 @@ group() {
       ;;
     nodes)
       kubernetes kube-controller-manager kube-scheduler kubelet kubectl
-      module=github.com/containerd/containerd/v2
+      module=github.com/containerd/containerd
+      [ "${CONTAINERD%%.*}" = 1 ] || module+=/v${CONTAINERD%%.*}
       for name in containerd containerd-shim-runc-v2 ctr; do
         command_of "$name" "$module@v$CONTAINERD" "$module/cmd/$name" -tags no_btrfs,no_zfs,no_devmapper \
           -ldflags "-s -w -X $module/version.Version=$CONTAINERD"
@@ -205,4 +236,4 @@ for wanted; do
   group "$wanted" # looks again: it may have waited for another build
   flock --unlock 9
 done
-echo "$dir/bin"
+echo "$bin"

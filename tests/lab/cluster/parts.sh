@@ -83,13 +83,16 @@ pause_image() {
     "$PAUSE" "$STATE/pause.tar" /pause
 }
 
+# containerd 1 knows version 2 of its configuration, in which all of CRI is one plugin
+_config_version() { case $("$BIN/containerd" --version) in *' 1.'*) echo 2 ;; *) echo 3 ;; esac; }
+
 # image_disk IMAGE.TAR...: STATE/containerd.ext4, the directory of a containerd with these images unpacked, which would
 # take minutes in the emulated guest.
 image_disk() {
   local root=$STATE/containerd-root run=$STATE/containerd-run image pid status=0
   mkdir -p "$root" "$run"
   cat >"$run/config.toml" <<T
-version = 3
+version = $(_config_version)
 root = "$root"
 state = "$run/state"
 disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime"]
@@ -116,22 +119,32 @@ T
 node_files() {
   local node=$1 address=$2 subnet=$3 cgroup=$4
   mkdir -p "$node/cni"
+  local version cri images runtime=io.containerd.cri.v1.runtime cni_bin='bin_dirs = ["'$BIN'"]'
+  version=$(_config_version)
+  cri='restrict_oom_score_adj = true'
+  images='[plugins."io.containerd.cri.v1.images".pinned_images]
+  sandbox = "'$PAUSE'"'
+  if [ "$version" = 2 ]; then
+    runtime=io.containerd.grpc.v1.cri cni_bin='bin_dir = "'$BIN'"' images=''
+    cri+='
+  enable_cdi = true
+  sandbox_image = "'$PAUSE'"'
+  fi
   cat >"$node/containerd.toml" <<T
-version = 3
+version = $version
 root = "$node/containerd"
 state = "$node/containerd.run"
 [grpc]
   address = "$node/containerd.sock"
-[plugins."io.containerd.cri.v1.runtime"]
-  restrict_oom_score_adj = true
-  [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc]
+[plugins."$runtime"]
+  $cri
+  [plugins."$runtime".containerd.runtimes.runc]
     runtime_type = "io.containerd.runc.v2"
     options = {BinaryName = "$BIN/runc", SystemdCgroup = false}
-  [plugins."io.containerd.cri.v1.runtime".cni]
-    bin_dirs = ["$BIN"]
+  [plugins."$runtime".cni]
+    $cni_bin
     conf_dir = "$node/cni"
-[plugins."io.containerd.cri.v1.images".pinned_images]
-  sandbox = "$PAUSE"
+$images
 T
   cat >"$node/cni/10-lab.conflist" <<J
 {"cniVersion": "1.0.0", "name": "lab", "plugins": [{"type": "ptp", "ipam": {"type": "host-local", "dataDir": "$node/ipam",

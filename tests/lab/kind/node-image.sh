@@ -11,7 +11,7 @@ kind=${kind#v}
 cache=${USBIP_PLUGIN_CACHE:-$HOME/.cache/usbip-plugin}/kind
 # the name depends on every input, the versions of the binaries included
 recipe=$({ cat "$here/node-image.sh" "$here/cni.sh" "$here/cni.yaml" "$here/../image/archive.py" "$here/../cluster/pause.c"
-  grep '^K8S=' "$here/../cluster/build.sh"; } | sha256sum | cut -c1-8)
+  grep -A 1 '^K8S_VERSIONS=' "$here/../cluster/build.sh"; } | sha256sum | cut -c1-8)
 repository=localhost/usbip-plugin-node
 image=$repository:v$kubernetes-$recipe
 docker image inspect "$image" >/dev/null 2>&1 && { echo "$image"; exit; }
