@@ -73,7 +73,7 @@ def apply_rules(lease: Lease) -> None:
     remote_parent(lock.traceparent)
     decide_adoption(lock, ME, attached=True, used=None)
     assert len(record.session_name(lease.holder)) <= 253
-    held = _held(KEY, lease)
+    held = _held(KEY, lease, ME)
     assert isinstance(held, LockError)
     fit_to_raise(held, 1200)
     decisions = [

@@ -322,7 +322,7 @@ class LockManager:
                 outcome = await self._writer.drive(key, decide)
                 self._tenures.pop(key.id, None)
             if isinstance(outcome, Denied) and protocol.of_another_boot(outcome.lease, self._me):
-                raise self._held(key, outcome.lease)
+                raise _held(key, outcome.lease, self._me)
 
     async def _amend(
         self, key: DeviceKey, changes: Mapping[str, str | None], identity: Identity | None = None
@@ -344,7 +344,7 @@ class LockManager:
         Raises LockHeld or LockUnavailable if the write was denied, LockLost if the lock was lost before the second one.
         """
         if isinstance(outcome, Denied):
-            raise self._held(key, outcome.lease)
+            raise _held(key, outcome.lease, self._me)
         if self._clock.monotonic() - outcome.sent_at > self.settings.import_window / 2:
             outcome = await self._amend(key, {})
         return self._grant(outcome)
@@ -435,16 +435,17 @@ class LockManager:
             evident = await self._export_state(key) in (ExportState.FREE, ExportState.UNLISTED)
         return self.rules.decide_release(lease, write, evident)
 
-    def _held(self, key: DeviceKey, lease: Lease | None) -> LockError:
-        if lease is None:
-            return LockUnavailable(str(key), "its Lease was deleted meanwhile")
-        if protocol.released_by_hand(lease):
-            return LockUnavailable(str(key), "a person has released it")
-        if protocol.is_free(lease):
-            cause = "an earlier boot of a node may have the device, and no list shows it as free"
-            return LockUnavailable(str(key), cause)
-        lock = record.lock_of(lease)
-        since = lock.acquired_at.isoformat(timespec="seconds") if lock.acquired_at is not None else None
-        pod = str(lock.pod) if lock.pod is not None else None
-        other_boot = protocol.of_another_boot(lease, self._me)
-        return LockHeld(str(key), lock.holder, pod, since, other_boot=other_boot)
+
+def _held(key: DeviceKey, lease: Lease | None, me: NodeIdentity) -> LockError:
+    if lease is None:
+        return LockUnavailable(str(key), "its Lease was deleted meanwhile")
+    if protocol.released_by_hand(lease):
+        return LockUnavailable(str(key), "a person has released it")
+    if protocol.is_free(lease):
+        cause = "an earlier boot of a node may have the device, and no list shows it as free"
+        return LockUnavailable(str(key), cause)
+    lock = record.lock_of(lease)
+    since = lock.acquired_at.isoformat(timespec="seconds") if lock.acquired_at is not None else None
+    pod = str(lock.pod) if lock.pod is not None else None
+    other_boot = protocol.of_another_boot(lease, me)
+    return LockHeld(str(key), lock.holder, pod, since, other_boot=other_boot)
