@@ -38,11 +38,15 @@ class Monitor:
 
     def plug(self, usbipd: RealUsbipd, number: int, serial: str, port: str = FREE_PORT) -> str:
         """Plugs in serial converter 0 or 1, binds it to usbip-host and returns its bus ID."""
-        # QEMU frees the cable a moment after the device is gone
-        eventually(lambda: self._plugged(number, serial, port), f"{serial} is plugged in")
+        self.insert(number, serial, port)
         busid = usbipd.busid(serial)
         usbipd.bind(busid)
         return busid
+
+    def insert(self, number: int, serial: str, port: str) -> None:
+        """Plugs in serial converter 0 or 1."""
+        # QEMU frees the cable a moment after the device is gone
+        eventually(lambda: self._plugged(number, serial, port), f"{serial} is plugged in")
 
     def _plugged(self, number: int, serial: str, port: str) -> bool:
         answer = self._call(

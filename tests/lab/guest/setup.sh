@@ -7,7 +7,7 @@
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/usbip-plugin/guest
-tools=(busybox-static usbip libwrap0 apparmor)
+tools=(busybox-static usbip libwrap0 apparmor udev)
 
 say() { echo "setup: $*" >&2; }
 
