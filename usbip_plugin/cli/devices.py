@@ -107,6 +107,8 @@ def _free_verdict(
     answer = survey.answer(key)
     names = [offer.resource for offer in offers or ()]
     match answer.listing:
+        case Listing.NOT_ASKED if survey.config is not None and key.server not in survey.config.servers():
+            return "unavailable", Reason.NOT_CONFIGURED, "the configuration does not name its server"
         case Listing.UNREACHABLE | Listing.NOT_ASKED:
             return _unasked_verdict(answer.error, names, nodes)
         case Listing.UNLISTED:
@@ -128,7 +130,7 @@ def _free_verdict(
 
 def _unasked_verdict(error: str, names: Sequence[str], nodes: Offered) -> Verdict:
     """Returns the state of a device whose server did not answer this machine: what the nodes say."""
-    cause = error or "its lock does not name its server"
+    cause = error or "its server was not asked"
     if nodes is not None and (count := max((nodes.get(name, 0) for name in names), default=0)):
         return "free", Reason.FREE, f"its resource is offered by {_nodes(count)}; from here: {cause}"
     return "unknown", Reason.SERVER_UNREACHABLE if error else Reason.UNKNOWN, cause

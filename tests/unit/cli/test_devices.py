@@ -133,6 +133,13 @@ def test_a_device_that_no_resource_selects_is_unavailable() -> None:
     assert [row["reason_code"] for row in rows(found) if row["id"]] == ["not_configured"]
 
 
+def test_a_device_of_a_server_that_was_taken_out_of_the_configuration_is_unavailable() -> None:
+    rows_of_both = rows(survey(known(KEY), known(DeviceKey(ATTIC, "2-1")), listed=lists(descriptor())))
+    (away,) = (row for row in rows_of_both if row["server"] == "attic:3240")
+    assert (away["state"], away["reason_code"]) == ("unavailable", "not_configured")
+    assert away["reason"] == "the configuration does not name its server"
+
+
 def test_a_failed_allocate_is_said_of_a_device_that_is_available() -> None:
     found = survey(known(KEY, failed_epoch="7"), listed=lists(descriptor()))
     assert verdict(rows(found)) == ("free", "allocates_failed")
