@@ -17,6 +17,7 @@ from usbip_plugin.attach.tasks import DeviceTasks
 from usbip_plugin.attach.usage import Unlisted
 from usbip_plugin.claims import Claim, ClaimState
 from usbip_plugin.inventory import health
+from usbip_plugin.inventory.handover import HandoverTracker
 from usbip_plugin.kube.node_status import NodeStatusPublisher
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer
 from usbip_plugin.kubelet.pod_resources import PodResourcesWatcher
@@ -24,6 +25,7 @@ from usbip_plugin.kubelet.publish import KubeletPublisher
 from usbip_plugin.locks import protocol
 from usbip_plugin.locks.manager import Grant, LockManager
 from usbip_plugin.locks.record import IMPORT_FROM
+from usbip_plugin.locks.watch import LockChange
 from usbip_plugin.model import DeviceKey, Endpoint, Lock
 from usbip_plugin.usbip import client
 from usbip_plugin.usbip.poller import ExportState, ServerPoller
@@ -31,6 +33,7 @@ from usbip_plugin.vhci.driver import PortState
 from usbip_sim.kernel.driver import SimulatedVhci
 
 export_state = ServerPoller.export_state
+lock_changed = HandoverTracker.lock_changed
 detach_and_release = Releaser.detach_and_release
 write_again, check_still_ours = Pipeline._write_again, Pipeline._check_still_ours
 
@@ -96,6 +99,11 @@ def below_what_was_written(self: NodeStatusPublisher, pending: Mapping[str, int]
     return any(count < written.get(n, 0) or self._wanted[n] <= written.get(n, -1) for n, count in pending.items())
 
 
+def as_if_attached(self: HandoverTracker, change: LockChange) -> None:
+    """Takes each released device for one that was attached until then."""
+    lock_changed(self, replace(change, old=replace(change.old, port=0) if change.old is not None else None))
+
+
 def by_its_boot(lock: Lock, boot_id: str | None, _epoch: int) -> bool:
     """Takes what a restore of etcd brought back for the lock of a living machine."""
     return lock.boot_id == boot_id
@@ -127,5 +135,6 @@ PAST: Mapping[str, Wrong] = {
     "a-lock-that-a-restore-brings-back": patched(
         adopt, "is_taken_back", lambda lock, boot_id, _: lock.boot_id == boot_id
     ),
+    "a-released-device-that-was-never-attached": patched(HandoverTracker, "lock_changed", as_if_attached),
     "a-count-that-waits-for-a-change": patched(KubeletPublisher, "attach", attach_silently),
 }
