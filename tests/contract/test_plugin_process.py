@@ -97,6 +97,18 @@ def test_a_process_allocates_a_device_and_leaves_it_attached_for_its_successor(
         assert (locks["read"], locks["reachable"], locks["held"], locks["known"]) == (True, True, 1, 1)
         assert locks["heartbeat"] >= 0
         assert (status["node"], status["not_ready"], status["not_alive"]) == ("node-a", [], [])
+        assert (status["driver"]["error"], status["driver"]["used_hs"]) == (None, 1)
+        assert [(one["reason"], one["about"]) for one in status["events"]] == [("DeviceAttached", "default/reader")]
+        cluster = await node.get_json("/api/cluster")
+        (row,) = cluster["devices"]
+        assert [row[name] for name in ("device", "holder", "pod", "resources")] == [
+            *(f"{address}/1-1", "node-a", "default/reader", ["usbip.dev/stick"]),
+        ]
+        assert row["held_for"] >= 0
+        assert cluster["nodes"] == [{"node": "node-a", "url": None, "held": 1}], (
+            "the pages are served to this host only"
+        )
+        assert f"{address}/1-1" in (await node.get("/cluster"))[1]
         assert f"{address}/1-1" in (await node.get("/"))[1]
         (trace,) = [one for one in (await node.get_json("/api/traces"))["traces"] if one["name"] == "Allocate"]
         assert (await node.get(f"/api/traces/{trace['trace_id']}"))[0] == 200

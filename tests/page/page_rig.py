@@ -28,7 +28,7 @@ from usbip_plugin.node.agent import Agent, MetricHooks
 from usbip_plugin.node.cluster import cluster_of
 from usbip_plugin.node.products import Products
 from usbip_plugin.node.status import config_failed, config_loaded, report_of, status_of
-from usbip_plugin.observe.http import HttpServer
+from usbip_plugin.observe.http import MAX_CONNECTIONS, HttpServer
 from usbip_plugin.observe.liveness import Verdict
 from usbip_plugin.observe.metrics import Metrics
 from usbip_plugin.observe.pages import Site, probe_pages
@@ -233,6 +233,8 @@ async def watched() -> AsyncIterator[Watched]:
     async with contextlib.AsyncExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="u-")))
         stack.enter_context(mock.patch("usbip_sim.world.TcpUsbipClient", client))
+        # the tabs of a test are one peer
+        stack.enter_context(mock.patch("usbip_plugin.observe.http.MAX_PER_PEER", MAX_CONNECTIONS))
         for server in servers.values():
             await server.start()
             stack.push_async_callback(server.stop)

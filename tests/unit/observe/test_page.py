@@ -325,7 +325,9 @@ def test_hostile_text_makes_no_element_and_no_attribute(bad: str) -> None:
 
     status = replace(
         poison(STATUS),
-        devices=(poison(MINE), poison(HELD)),
+        devices=(poison(MINE), poison(HELD), poison(LOST)),
+        driver=DriverReport(bad),
+        events=(EventRow(bad, bad, bad, bad, bad),),
         servers=(replace(poison(STATUS.servers[0]), problems=(bad,)),),
         registrations=(replace(poison(STATUS.registrations[0]), registered=False),),
         locks=replace(poison(STATUS.locks), reachable=False),
@@ -334,9 +336,15 @@ def test_hostile_text_makes_no_element_and_no_attribute(bad: str) -> None:
     )
     trace = [span(1, name=bad, node=bad, error=bad, attributes={bad: bad, "usbip.device": bad})]
     html = whole(status, trace)
-    calm = whole(replace(STATUS, config=replace(STATUS.config, problems=("x",), warnings=("x",))), [span(1, error="x")])
+    calm = whole(
+        replace(STATUS, devices=(LOST,), config=replace(STATUS.config, problems=("x",), warnings=("x",))),
+        [span(1, error="x")],
+    )
     elements = {name for name, _ in Reader(html).elements}
     assert elements <= {name for name, _ in Reader(calm).elements} | {"small", "ul", "li"}
+    rows = tuple(poison(row) for row in CLUSTER.devices)
+    html += result_of(Page().cluster(replace(poison(CLUSTER), devices=rows), whole=False)).decode()
+    assert {name for name, _ in Reader(html).elements} <= elements | {name for name, _ in Reader(calm).elements}
     attributes = {key for _, attrs in Reader(html).elements for key in attrs}
     assert not {key for key in attributes if key.startswith("on")} | {"src", "style", "autofocus"} & attributes
     assert html.count("<script>") == 1
