@@ -86,8 +86,8 @@ class HandoverTracker:
     def lock_changed(self, change: LockChange) -> None:
         """Notes a device that another node has taken or written, or that its holder has released.
 
-        Not one that was left under another boot, whose holder has not detached it (R3). Nor one that was never attached:
-        its server resets nothing, and if it hides the device, a connection of the holder may be half-open.
+        Not one that was left under another boot: its holder has not detached it (R3). Nor one that was never attached:
+        its server resets nothing, and may hide the device for a connection of the holder that is half-open.
         """
         self._note_attached(change)
         if change.old != change.new and change.holder not in ("", self._me):
