@@ -743,18 +743,23 @@ class TestBulkheads:
         os.mkfifo(serial)  # a read blocks until somebody writes
         rescued = threading.Event()
 
+        def answer() -> None:
+            pipe = serial.rename(serial.with_name("pipe"))
+            serial.write_text("A1\n")
+            with contextlib.suppress(OSError):  # nobody reads
+                os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+
         def rescue() -> None:
             rescued.set()
-            with contextlib.suppress(OSError):
-                os.close(os.open(serial, os.O_WRONLY | os.O_NONBLOCK))
+            answer()
 
         timer = threading.Timer(LIMIT_S, rescue)
         timer.start()
         try:
             later = driver if known else rig.plugin()
             assert await later.inspect(attachment.key, attachment.port) == (attachment if known else None)
-            with contextlib.suppress(OSError):  # whoever reads has opened it
-                os.close(os.open(serial, os.O_WRONLY | os.O_NONBLOCK))
+            if not known:
+                answer()  # lets the thread end
             await later.detach(attachment.port, timeout=LIMIT_S)
             assert not rescued.is_set()
         finally:
