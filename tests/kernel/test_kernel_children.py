@@ -180,7 +180,7 @@ async def test_a_device_of_many_functions_brings_all_its_nodes_with_the_first_an
             }
             await until_pod_noted(world.backend, key)
             network = await events.until(EventKind.NETWORK)
-            assert network.split()[3] in net_names()
+            assert network.split()[2] in net_names()
             assert not events.of(EventKind.NODES_LATE)
             await end(world, POD, key)
 
