@@ -3,12 +3,12 @@
 #   docker buildx build --platform linux/amd64,linux/arm64 -t usbip-plugin .
 # Nothing is run in the final stage, and the builder runs on the build machine, so a foreign architecture needs no emulation.
 #
-# BASE      what the plugin runs on: glibc, libstdc++, python3 >= 3.11, nothing else
+# BASE      what the plugin runs on: glibc, libstdc++, python3 >= 3.11, nothing else; a digest of the index of all platforms
 # BUILDER   the same Python for the build machine; python3 alone will do if a wheel of pip is in wheels/
-# PIP_*     as pip has them. Without an index: put all wheels, setuptools' too, into wheels/ and give PIP_NO_INDEX=1
+# PIP_*     as pip has them. Without an index: put all wheels, also those of image-build.lock, into wheels/, PIP_NO_INDEX=1
 # SOURCE_DATE_EPOCH  seconds since 1970 for the times of the plugin's files and of the SBOM
 # VERSION   the project's version, for the label; the build compares
-ARG BASE=docker.io/library/python:3.13-slim
+ARG BASE=docker.io/library/python:3.13-slim@sha256:7c61056e61ac89e852de05f3dc6fa51a6dd2181797bceed46aa725dd7cb2cd3b
 ARG BUILDER=${BASE}
 
 FROM --platform=${BUILDPLATFORM:-linux/amd64} ${BUILDER} AS builder
@@ -33,10 +33,10 @@ COPY image.lock image-build.lock wheels* ./wheels/
 ARG TARGETARCH
 ARG SOURCE_DATE_EPOCH=0
 RUN set -eu; \
-    if ! python3 -m pip --version >/dev/null 2>&1; then \
-      [ -e wheels/pip-*.whl ] || { echo "BUILDER has no pip: take one with pip, or put a wheel of pip into wheels/" >&2; exit 1; }; \
-      python3 "$(echo wheels/pip-*.whl)/pip" install --quiet --no-index wheels/pip-*.whl; \
-    fi; \
+    if python3 -m pip --version >/dev/null 2>&1; then pip='-m pip'; \
+    elif [ -e wheels/pip-*.whl ]; then pip="$(echo wheels/pip-*.whl)/pip"; \
+    else echo "BUILDER has no pip: take one with pip, or put a wheel of pip into wheels/" >&2; exit 1; fi; \
+    python3 $pip install --quiet --only-binary=:all: --require-hashes -r wheels/image-build.lock; \
     case "${TARGETARCH:-$(uname -m)}" in \
       amd64 | x86_64) machine=x86_64 ;; \
       arm64 | aarch64) machine=aarch64 ;; \
@@ -44,7 +44,6 @@ RUN set -eu; \
     esac; \
     platforms="--platform manylinux2014_$machine"; \
     for glibc in 17 24 26 27 28 31 34; do platforms="$platforms --platform manylinux_2_${glibc}_$machine"; done; \
-    python3 -m pip install --quiet --only-binary=:all: --require-hashes -r wheels/image-build.lock; \
     python3 -m pip install --quiet --no-compile --only-binary=:all: --require-hashes $platforms --target lib -r wheels/image.lock; \
     rm -rf lib/bin; \
     find lib -maxdepth 1 -type f -not -name '*.py' -not -name '*.so' -delete; \
@@ -72,6 +71,8 @@ RUN set -eu; \
 
 FROM ${BASE}
 ARG VERSION=0.1.0
+# named here, too, so that no layer of another time is taken from a cache
+ARG SOURCE_DATE_EPOCH=0
 LABEL org.opencontainers.image.title="usbip-plugin" \
       org.opencontainers.image.description="USB/IP device plugin for Kubernetes, coordinated through Leases" \
       org.opencontainers.image.licenses="Apache-2.0" \

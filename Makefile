@@ -96,10 +96,10 @@ test-deploy: $(VENV)/.test ## the manifests and the chart: rendered, compared, t
 image: $(VENV)/.runtime ## the container image, without a registry where none answers; ARGS: see tests/lab/image/build.sh --help
 	PYTHON=$(BIN)/python tests/lab/image/build.sh $(ARGS)
 
-test-image: $(VENV)/.test ## the container image: built, looked at, and run without capabilities (root); IMAGE=TAR: not built
+test-image: $(VENV)/.test ## the container image: built, looked at, and run without capabilities (root); IMAGE=TAR: not built, ARGS for pytest
 	@set -e; archive=$$(mktemp -d); trap 'rm -rf "$$archive"' EXIT; image=$(IMAGE); \
 	[ -n "$$image" ] || { image=$$archive/image.tar; PYTHON=$(BIN)/python tests/lab/image/build.sh --output "$$image" $(ARGS); }; \
-	IMAGE_ARCHIVE="$$image" $(PYTEST) -s tests/image
+	IMAGE_ARCHIVE="$$image" $(PYTEST) -s tests/image $(if $(IMAGE),$(ARGS))
 
 e2e: $(VENV)/.test ## the end-to-end suite on a kind cluster of its own; KEEP=1 leaves it there
 	PYTHON=$(BIN)/python tests/lab/kind/e2e.sh $(ARGS)
@@ -164,7 +164,7 @@ format: $(VENV)/.test ## let ruff format and fix what it can
 proto: $(VENV)/.test ## write the gRPC stubs anew from proto/
 	PYTHON=$(BIN)/python proto/generate.sh
 
-constraints: ## write constraints.txt and the image's locks anew: the newest versions that pyproject.toml lets in
+constraints: ## write constraints.txt and the locks of image and release anew: the newest versions that pyproject.toml lets in
 	@set -e; new=$$(mktemp -d); trap 'rm -rf "$$new"' EXIT; \
 	$(BIN)/python -m venv "$$new" >/dev/null && "$$new/bin/pip" --disable-pip-version-check --quiet install --upgrade pip setuptools '.[test,fuzz,page]'; \
 	{ grep '^#' constraints.txt; "$$new/bin/pip" freeze --all | grep -v '^usbip-plugin ' | LC_ALL=C sort -f; } >constraints.new; mv constraints.new constraints.txt; \
@@ -172,7 +172,8 @@ constraints: ## write constraints.txt and the image's locks anew: the newest ver
 	lock() { "$$new/bin/uv" pip compile --quiet --no-header --no-annotate --generate-hashes --universal --python-version 3.11 \
 		-c constraints.txt -o "$$1" -; }; \
 	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' | lock image.lock; \
-	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' | lock image-build.lock
+	$(BIN)/python -c 'import tomllib; print("pip", *tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' | lock image-build.lock; \
+	printf '%s\n' build pyinstaller pyyaml twine | lock release/tools.lock
 
 newest: ## the tests without constraints.txt: with the newest versions that pyproject.toml lets in, in an environment of their own
 	@set -e; new=$$(mktemp -d); trap 'rm -rf "$$new"' EXIT; \

@@ -25,7 +25,7 @@ OUTSIDE = (
     "rbac/",
 )
 EXPORTER = ("usbip_plugin/exporter/", "deploy/components/exporter/")
-IMAGE = ("Dockerfile", ".dockerignore", "tests/lab/image/")
+IMAGE = ("Dockerfile", ".dockerignore", "image.lock", "image-build.lock", "release/sbom.py", "tests/lab/image/")
 
 # What each target is about, as beginnings of paths, cheapest target first. `check` is wanted for every change.
 INPUTS: dict[str, tuple[str, ...]] = {

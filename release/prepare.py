@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CHART = "deploy/helm/usbip-plugin"
 _REPOSITORY = re.compile(r"https://[A-Za-z0-9.-]+(/[A-Za-z0-9._-]+)+")
 _IMAGE = re.compile(r"[a-z0-9.-]+(:[0-9]+)?(/[a-z0-9._-]+)+")
+_PINNED_BASE = re.compile(r"^ARG BASE=\S+@sha256:[0-9a-f]{64}$", re.MULTILINE)
 _RELATIVE_LINK = re.compile(r"(?P<image>!?)(\[[^\]]*\]\()(?!https?://|#)([^)]+\))")
 
 
@@ -51,6 +52,11 @@ def prepare(root: Path, repository: str, image: str, tag: str) -> None:
     if tag != f"v{version(root)}":
         raise Unusable(
             f"--tag: the project's version is {version(root)}, so the tag must be v{version(root)}, not {tag}"
+        )
+    if not _PINNED_BASE.search((root / "Dockerfile").read_text(encoding="utf-8")):
+        raise Unusable(
+            "Dockerfile: ARG BASE has no digest, so the image could have any base; append @sha256:... as printed by:"
+            " docker buildx imagetools inspect BASE --format '{{.Manifest.Digest}}'"
         )
     if "[project.urls]" in (root / "pyproject.toml").read_text(encoding="utf-8"):
         raise Unusable("pyproject.toml has [project.urls]: this checkout is prepared already; take a fresh one")

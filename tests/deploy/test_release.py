@@ -227,6 +227,17 @@ def test_what_cannot_be_published_is_refused(tmp_path: Path, flag: str, value: s
     assert message in done.stderr
 
 
+def test_an_image_whose_base_has_no_digest_is_not_published(tmp_path: Path) -> None:
+    for name in ("Dockerfile", "release/prepare.py", "usbip_plugin/__init__.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    dockerfile = tmp_path / "Dockerfile"
+    dockerfile.write_text(re.sub(r"@sha256:[0-9a-f]{64}", "", dockerfile.read_text(encoding="utf-8")), encoding="utf-8")
+    done = prepare(tmp_path, "--repository", REPOSITORY, "--image", IMAGE, "--tag", TAG)
+    assert done.returncode == 2
+    assert "Dockerfile: ARG BASE has no digest" in done.stderr
+
+
 def test_a_tree_is_prepared_once(prepared: Path) -> None:
     done = prepare(prepared, "--repository", REPOSITORY, "--image", IMAGE, "--tag", TAG)
     assert done.returncode == 2

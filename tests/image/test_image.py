@@ -13,8 +13,9 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,8 @@ import usbip_plugin
 HERE = Path(__file__).parent
 RUN_SECONDS = 120
 EMULATED_SECONDS = 600
+BUILD = Path(__file__).parents[1] / "lab/image/build.sh"
+BUILD_SECONDS = 900
 OUR_MEGABYTES = 90
 MACHINES = {"amd64": ("x86_64", 62), "arm64": ("aarch64", 183)}  # names of uname, numbers of ELF
 HOME = Path("opt/usbip-plugin")
@@ -69,12 +72,18 @@ print(open("/proc/self/status").read())
 
 @dataclass(frozen=True)
 class Image:
-    """An unpacked image with its OCI configuration. layer_bytes: the size of each layer's files."""
+    """An unpacked image with its OCI configuration.
 
+    id: the digest of the configuration, which has the digest of each layer.
+    layer_bytes: the size of each layer's files. times: of the files of all layers but the base's, seconds since 1970.
+    """
+
+    id: str
     root: Path
     config: dict[str, object]
     architecture: str
     layer_bytes: list[int]
+    times: frozenset[float]
 
     def settings(self) -> dict[str, object]:
         found = self.config["config"]
@@ -112,6 +121,21 @@ class Image:
         return self.run(*entrypoint, *arguments)
 
 
+def described(archive: tarfile.TarFile) -> tuple[str, list[str], dict[str, object]]:
+    """Returns the id, the names of the layers and the configuration of the one image of an archive."""
+
+    def read(name: str) -> object:
+        stream = archive.extractfile(name)
+        assert stream is not None
+        return json.load(stream)
+
+    manifest = read("manifest.json")
+    assert isinstance(manifest, list)
+    config = read(manifest[0]["Config"])
+    assert isinstance(config, dict)
+    return manifest[0]["Config"], manifest[0]["Layers"], config
+
+
 @pytest.fixture(scope="session")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
     given = os.environ.get("IMAGE_ARCHIVE")
@@ -121,20 +145,14 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
         pytest.fail("the image's programs run in a chroot, which needs root")
     root = tmp_path_factory.mktemp("image")
     root.chmod(0o755)
-    sizes = []
+    sizes: list[int] = []
+    times: set[float] = set()
     with tarfile.open(given) as archive:
-
-        def read(name: str) -> object:
-            stream = archive.extractfile(name)
-            assert stream is not None
-            return json.load(stream)
-
-        manifest = read("manifest.json")
-        assert isinstance(manifest, list)
-        config = read(manifest[0]["Config"])
-        assert isinstance(config, dict)
-        for layer in manifest[0]["Layers"]:
+        digest, layers, config = described(archive)
+        for layer in layers:
             with tarfile.open(fileobj=archive.extractfile(layer)) as files:
+                if sizes:
+                    times.update(member.mtime for member in files)
                 sizes.append(sum(member.size for member in files if member.isfile()))
                 # Python 3.11.2 has no filters yet
                 files.extraction_filter = getattr(tarfile, "fully_trusted_filter", None)
@@ -146,7 +164,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
                     shutil.rmtree(gone)
                 else:
                     gone.unlink(missing_ok=True)
-    yield Image(root, config, config["architecture"], sizes)
+    yield Image(digest, root, config, str(config["architecture"]), sizes, frozenset(times))
     shutil.rmtree(root)
 
 
@@ -249,3 +267,29 @@ def test_our_layers_are_small(image: Image) -> None:
     layers = [round(size / 1e6, 1) for size in image.layer_bytes]
     print(f"{image.architecture}: {total / 1e6:.1f} MB without the base; layers {layers}")
     assert total <= OUR_MEGABYTES * 1e6
+
+
+def test_one_tree_gives_one_image(
+    image: Image, long_form: bool, tmp_path: Path, needs: Callable[[bool, str], None]
+) -> None:
+    """The long form builds it again, without a layer that there is."""
+    needs("buildkit" not in str(image.config["history"]), "an image of buildah: docker save keeps the times of COPY")
+    (time,) = image.times
+    created = datetime.fromtimestamp(time, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    assert image.config["created"] == created
+    if long_form:
+        again = tmp_path / "again.tar"
+        build: list[str | Path] = [
+            BUILD,
+            "--no-cache",
+            "--arch",
+            image.architecture,
+            "--output",
+            again,
+            "usbip-plugin:again",
+        ]
+        subprocess.run(build, check=True, env={**os.environ, "SOURCE_DATE_EPOCH": f"{time:.0f}"}, timeout=BUILD_SECONDS)
+        with tarfile.open(again) as archive:
+            other, _layers, config = described(archive)
+        assert config == image.config
+        assert other == image.id

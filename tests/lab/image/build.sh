@@ -1,16 +1,18 @@
 #!/bin/bash
 # build.sh [--builder docker|buildah] [--arch amd64|arm64] [--base IMAGE] [--offline] [--output TAR]
-#          [--revision COMMIT] [NAME:TAG]
+#          [--revision COMMIT] [--no-cache] [NAME:TAG]
 # Builds the image of this checkout, usbip-plugin:VERSION unless named. Where no image registry answers, or with --offline,
 # the base is made from Debian packages (base.sh) and the wheels are fetched here (wheels.sh), so that the build itself
 # needs no network. --output writes an archive too, for `kind load image-archive`, `ctr images import`, `docker load`.
-# --revision takes the files of another commit. DOCKER names another docker command. A foreign architecture with docker
-# needs BuildKit.
+# --revision takes the files of another commit, --no-cache makes each layer anew. DOCKER names another docker command.
+# SOURCE_DATE_EPOCH (0) is the time of files and image; one tree gives one image with buildah. A foreign architecture with
+# docker needs BuildKit.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$here/../../.." && pwd)
 native=$(uname -m | sed 's/^x86_64$/amd64/; s/^aarch64$/arm64/')
 builder='' arch=$native base='' offline='' output='' revision='' image=usbip-plugin
+epoch=${SOURCE_DATE_EPOCH:-0} cache=()
 docker=${DOCKER:-docker}
 REGISTRY_SECONDS=5
 
@@ -19,7 +21,8 @@ while [ $# -gt 0 ]; do
   case $1 in
     --builder | --arch | --base | --output | --revision) [ $# -gt 1 ] || fail "$1 wants a value" 2; declare "${1#--}=$2"; shift ;;
     --offline) offline=1 ;;
-    -h | --help) sed -n '2,8s/^# //p' "${BASH_SOURCE[0]}"; exit ;;
+    --no-cache) cache=(--no-cache) ;;
+    -h | --help) sed -n '2,10s/^# //p' "${BASH_SOURCE[0]}"; exit ;;
     -*) fail "there is no $1; see --help" 2 ;;
     *) image=$1 ;;
   esac
@@ -65,7 +68,7 @@ full=$image
 # Only BuildKit says which machine it builds on. buildah 1.28 takes the first stage's platform for the last one, too.
 sed -i "s|\${BUILDPLATFORM:-linux/amd64}|linux/$native|" "$work/context/Dockerfile"
 [ "$builder" = docker ] || sed -i "s|^FROM \${BASE}|FROM --platform=linux/$arch \${BASE}|" "$work/context/Dockerfile"
-arguments=(--build-arg "VERSION=$version")
+arguments=("${cache[@]}" --build-arg "VERSION=$version" --build-arg "SOURCE_DATE_EPOCH=$epoch")
 [ -z "$base" ] || arguments+=(--build-arg "BASE=$base")
 
 # buildah: chroot needs no more rights than root has in a container, and RUN runs only code of the project
@@ -103,7 +106,7 @@ case $builder in
     ;;
   buildah)
     [ -z "$offline" ] || arguments+=(--pull=never)
-    bud build --layers --platform "linux/$arch" --build-arg "TARGETARCH=$arch" \
+    bud build --layers --timestamp "$epoch" --platform "linux/$arch" --build-arg "TARGETARCH=$arch" \
       "${arguments[@]}" --tag "$full" "$work/context"
     built=$(bud inspect --type image --format '{{.OCIv1.Architecture}}' "$full")
     ;;

@@ -1,6 +1,6 @@
 #!/bin/bash
 # wheels.sh ARCH PYTHON_VERSION: every wheel that the Dockerfile needs without a package index, for a glibc system of that
-# architecture. Prints the directory, which is kept in the cache until the dependencies change.
+# architecture. Prints the directory, which is kept in the cache until the locks change.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)
 arch=$1 version=$2
@@ -16,12 +16,8 @@ if [ -z "$python" ]; then
   exit 1
 fi
 
-requirements=$("$python" -c '
-import sys, tomllib
-project = tomllib.load(open(sys.argv[1], "rb"))
-print(*project["build-system"]["requires"], *project["project"]["dependencies"], "pip", sep="\n")' "$root/pyproject.toml")
-constraints=$root/constraints.txt
-directory=${USBIP_PLUGIN_CACHE:-$HOME/.cache/usbip-plugin}/image/wheels-$arch-$version-$({ echo "$requirements"; cat "$constraints"; } | sha256sum | cut -c1-12)
+locks=("$root/image.lock" "$root/image-build.lock")
+directory=${USBIP_PLUGIN_CACHE:-$HOME/.cache/usbip-plugin}/image/wheels-$arch-$version-$(cat "${locks[@]}" | sha256sum | cut -c1-12)
 mkdir -p "${directory%/*}"
 exec 9>"$directory.lock"
 flock 9
@@ -31,7 +27,7 @@ if [ ! -e "$directory" ]; then
   new=$(mktemp -d "$directory.XXXXXX")
   trap 'rm -rf "$new"' EXIT
   "$python" -m pip --disable-pip-version-check download --quiet --only-binary=:all: "${platforms[@]}" \
-    --python-version "$version" --dest "$new" -c "$constraints" -r <(echo "$requirements") >&2
+    --python-version "$version" --dest "$new" --require-hashes -r "${locks[0]}" -r "${locks[1]}" >&2
   chmod 755 "$new"
   mv "$new" "$directory"
 fi
