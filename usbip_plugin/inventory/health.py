@@ -169,7 +169,10 @@ def _claim_health(claim: Claim, snapshot: Snapshot) -> Health:
             by_hand = (
                 "released by a person; delete its pod to make it available" if lock is not None and lock.by_hand else ""
             )
-            return Health(Reason.LOCK_LOST, _held_by(lock) if lock is not None and lock.holder else by_hand)
+            if lock is None or not lock.holder:
+                return Health(Reason.LOCK_LOST, by_hand)
+            other_boot = snapshot.lock_statuses.get(claim.id) is LockStatus.OTHER_BOOT
+            return Health(Reason.LOCK_LOST, _held_by(lock) + (f" {OTHER_BOOT}" if other_boot else ""))
         case _ if (cause := snapshot.paused.get(claim.id)) is not None:  # a failed Allocate is being undone
             return Health(Reason.ALLOCATES_FAILED, cause)
         case _:

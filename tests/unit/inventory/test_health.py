@@ -59,6 +59,11 @@ def health_of(now: Snapshot) -> Health:
         (snapshot(servers={LAB: view()}, released=frozenset({KEY.id})), Reason.FREE, ""),
         (snapshot(**held("node-a", LockStatus.OTHER_BOOT)), Reason.FREE, ""),
         (
+            snapshot(**claim(ClaimState.LOST) | held("node-a", LockStatus.OTHER_BOOT)),
+            Reason.LOCK_LOST,
+            "held by node node-a under another boot id",
+        ),
+        (
             snapshot(**claim(ClaimState.REATTACHING) | held("node-a", LockStatus.OTHER_BOOT)),
             Reason.LOST,
             "held by node node-a under another boot id",
