@@ -120,11 +120,11 @@ async def as_it_was_listed(self: ServerPoller, key: DeviceKey) -> ExportState:
 # R5
 
 
-async def release_first(self: Releaser, device_id: str) -> None:
+async def release_first(self: Releaser, device_id: str, **options: bool) -> None:
     claim = self._book[device_id]
     if claim.state is ClaimState.RELEASING:
         await self._locks.release(claim.key)
-    await detach_and_release(self, device_id)
+    await detach_and_release(self, device_id, **options)
 
 
 # R6

@@ -17,7 +17,6 @@ from usbip_plugin.attach.tasks import DeviceTasks
 from usbip_plugin.attach.usage import Unlisted
 from usbip_plugin.claims import Claim, ClaimState
 from usbip_plugin.inventory import health
-from usbip_plugin.inventory.handover import HandoverTracker
 from usbip_plugin.kube.node_status import NodeStatusPublisher
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer
 from usbip_plugin.kubelet.pod_resources import PodResourcesWatcher
@@ -25,7 +24,6 @@ from usbip_plugin.kubelet.publish import KubeletPublisher
 from usbip_plugin.locks import protocol
 from usbip_plugin.locks.manager import Grant, LockManager
 from usbip_plugin.locks.record import IMPORT_FROM
-from usbip_plugin.locks.watch import LockChange
 from usbip_plugin.model import DeviceKey, Endpoint, Lock
 from usbip_plugin.usbip import client
 from usbip_plugin.usbip.poller import ExportState, ServerPoller
@@ -33,7 +31,7 @@ from usbip_plugin.vhci.driver import PortState
 from usbip_sim.kernel.driver import SimulatedVhci
 
 export_state = ServerPoller.export_state
-lock_changed = HandoverTracker.lock_changed
+release = LockManager.release
 detach_and_release = Releaser.detach_and_release
 write_again, check_still_ours = Pipeline._write_again, Pipeline._check_still_ours
 
@@ -49,9 +47,8 @@ async def renew_only(self: LockManager, key: DeviceKey, import_from: Endpoint | 
         return self._grant(await self._amend(key, {IMPORT_FROM: str(import_from)} if import_from is not None else {}))
 
 
-async def finish_for_good(self: Releaser, device_id: str, *, keep: bool = False) -> None:
+async def finish_for_good(self: Releaser, device_id: str, **_options: bool) -> None:
     """Forgets a claim that was lost with its lock, also while its pod runs."""
-    del keep
     await detach_and_release(self, device_id)
 
 
@@ -99,9 +96,10 @@ def below_what_was_written(self: NodeStatusPublisher, pending: Mapping[str, int]
     return any(count < written.get(n, 0) or self._wanted[n] <= written.get(n, -1) for n, count in pending.items())
 
 
-def as_if_attached(self: HandoverTracker, change: LockChange) -> None:
-    """Takes each released device for one that was attached until then."""
-    lock_changed(self, replace(change, old=replace(change.old, port=0) if change.old is not None else None))
+async def release_for_all(self: LockManager, key: DeviceKey, *, failed: bool | None = None, left: bool = False) -> None:
+    """Releases a lock for every node, also when a dead connection may have the device."""
+    del left
+    await release(self, key, failed=failed)
 
 
 def by_its_boot(lock: Lock, boot_id: str | None, _epoch: int) -> bool:
@@ -135,6 +133,6 @@ PAST: Mapping[str, Wrong] = {
     "a-lock-that-a-restore-brings-back": patched(
         adopt, "is_taken_back", lambda lock, boot_id, _: lock.boot_id == boot_id
     ),
-    "a-released-device-that-was-never-attached": patched(HandoverTracker, "lock_changed", as_if_attached),
+    "a-device-that-a-dead-import-has": patched(LockManager, "release", release_for_all),
     "a-count-that-waits-for-a-change": patched(KubeletPublisher, "attach", attach_silently),
 }

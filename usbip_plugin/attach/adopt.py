@@ -214,7 +214,10 @@ class Adopter:
                     self._monitor.begin_reattach(key.id)
                 case Adoption.RELEASE:
                     self._tasks.book.move(claim, ClaimEvent.UNUSED)
-                    self._tasks.spawn(self._releaser.finish_locked(key.id, ClaimState.RELEASING), f"release {key}")
+                    # the earlier process may have died while it imported the device
+                    left = attachment is None and claim.import_from is not None
+                    release = self._releaser.finish_locked(key.id, ClaimState.RELEASING, left=left)
+                    self._tasks.spawn(release, f"release {key}")
 
     async def _release_earlier(self, claim: Claim) -> None:
         """Releases the lock of a device that another boot had, if the server answers (R3).

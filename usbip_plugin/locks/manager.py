@@ -300,20 +300,26 @@ class LockManager:
         async with self._device_lock(key.id):
             return record.lock_of((await self._amend(key, changes, identity)).lease)
 
-    async def release(self, key: DeviceKey, *, failed: bool | None = None) -> None:
+    async def release(self, key: DeviceKey, *, failed: bool | None = None, left: bool = False) -> None:
         """Clears the holder if it is this node. Does nothing if another node holds the lock.
 
         The caller must have freed the port (R5). Raises LockUnavailable if the API server does not answer or refuses,
         LockHeld if another boot of this node holds the lock and the server's answer does not let it go (R3).
 
         failed: whether the Allocate failed because of the device, which is recorded; None to leave the record.
+        left: whether the server may still export the device to a dead connection of this node. Then the lock keeps the
+            boot id, and another node takes it only when the server lists the device, as for a lock of another boot.
         """
 
         async def decide(lease: Lease | None, write: Write) -> Decision:
             decision = await self._decide_release(key, lease, write)
-            if failed is None or isinstance(decision, Denied):
+            if isinstance(decision, Denied):
                 return decision
-            notes = {record.FAILED_EPOCH: str(record.epoch_of(decision.lease)) if failed else None}
+            notes: dict[str, str | None] = {}
+            if failed is not None:
+                notes[record.FAILED_EPOCH] = str(record.epoch_of(decision.lease)) if failed else None
+            if left and protocol.is_mine(lease, self._me):
+                notes[record.BOOT_ID] = self._me.boot_id
             merged = record.merged_annotations(decision.lease.annotations, notes)
             return replace(decision, lease=replace(decision.lease, annotations=merged))
 
