@@ -54,6 +54,7 @@ section() {
   printf '%-14s %-14s %5.0f s  %5s core-s  load %s\n' "$name" "$verdict" "$wall" "$core" "$load" >>"$work/summary"
   say "$name: $verdict after $(printf %.0f "$wall") s, $core core-s, load $load"
   record "$name" "$verdict" "$wall" "$core" "$load" "$failed"
+  [ "$verdict" != ok ] || record_versions "$name"
   return "$status"
 }
 
@@ -61,6 +62,14 @@ section() {
 record() {
   mkdir -p "$CACHE/ci"
   printf '%(%FT%T)T\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n' -1 "$tree" "$1" "$2" "$3" "$4" "$5" "${calibration:-}" "$6" >>"$CACHE/ci/sections.tsv"
+}
+
+# record_versions NAME: what a section without failures was tested with, for docs/tested_with.py
+record_versions() {
+  local line
+  { grep -aE '^tested with: ' "$work/$1.log" || true; } | tr -d '\r' | sort -u | while read -r line; do
+    printf '%(%FT%T)T\t%s\t%s\t%s\n' -1 "$tree" "$1" "${line#tested with: }"
+  done >>"$CACHE/ci/tested-with.tsv"
 }
 
 # calibrate: sets calibration, the processor seconds of a fixed piece of Python: a slow machine is told from a slow test

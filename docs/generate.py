@@ -20,6 +20,7 @@ from prometheus_client.registry import CollectorRegistry
 from reasons import ALLOCATES, DEVICES, linked
 from reference import FIELDS, KINDS, Key, export_keys, keys
 from spans import SPANS, span_kinds
+from tested_with import read, table_rows
 
 from usbip_plugin.attach.events import EventKind, Reattach, Regarding
 from usbip_plugin.claims import ClaimState
@@ -304,6 +305,7 @@ def wanted() -> dict[Path, str]:
             "metrics of the exporter": exporter_metric_table(),
             "values of the exporter's labels": exporter_label_list(),
         }
+    parts["../README.md"] = {"tested with": _table(("What", "Versions"), table_rows(read()))}
     texts = {DOCS / name: filled((DOCS / name).read_text(encoding="utf-8"), part) for name, part in parts.items()}
     schemas = {
         path / name: json.dumps(made, indent=1) + "\n"

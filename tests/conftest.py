@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from hypothesis import Phase, settings
 
+from tests.rigs import tested_with
+
 # Without a search for a smaller example, which takes Hypothesis up to five minutes: a red test is red at once. The
 # examples are the same each time, so the search can be made afterwards, for the one test that is red:
 # make test ARGS="--hypothesis-profile=shrink -k NAME"
@@ -42,6 +44,15 @@ def part_of(items: list[pytest.Item], part: str) -> tuple[list[pytest.Item], lis
         raise pytest.UsageError(f"--part {part}: expected K/N with 1 <= K <= N")
     begin, end = len(items) * (number - 1) // count, len(items) * number // count
     return items[begin:end], items[:begin] + items[end:]
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, exitstatus: pytest.ExitCode, config: pytest.Config
+) -> None:
+    """Prints what the tests ran with, unless a test failed."""
+    if exitstatus == pytest.ExitCode.OK:
+        for line in tested_with.lines(config):
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ from tests.e2e.kubectl import Kubectl, KubectlFailed, render
 from tests.e2e.nodes import KindNodes, LabNodes, Nodes
 from tests.e2e.plugin_process import SERVER, SERVER_PORT
 from tests.e2e.workloads import pod_spec, usbip_server
+from tests.rigs.tested_with import ran_on_nodes, ran_with
 from usbip_plugin.kube.client import connect
 
 ROOT = Path(__file__).parents[2]
@@ -122,8 +123,13 @@ class Place:
 
 
 @pytest.fixture(scope="session")
-def place(kubectl: Kubectl) -> Place:
+def place(kubectl: Kubectl, pytestconfig: pytest.Config) -> Place:
     found = {node["metadata"]["name"]: node for node in kubectl.items("nodes")}
+    ran_on_nodes(pytestconfig, found)
+    # the nodes of kind and of the lab are on this machine
+    unified = Path("/sys/fs/cgroup/cgroup.controllers").exists()
+    if pytestconfig.getoption("--nodes") != "none":
+        ran_with(pytestconfig, "runtime", "cgroup v2" if unified else "cgroup v1")
     tainted = {name for name, node in found.items() if node["spec"].get("taints")}
     workers = sorted(found.keys() - tainted)
     if len(workers) < 2:

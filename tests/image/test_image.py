@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 
 import usbip_plugin
+from tests.rigs.tested_with import ran_with
 
 HERE = Path(__file__).parent
 RUN_SECONDS = 120
@@ -137,7 +138,7 @@ def described(archive: tarfile.TarFile) -> tuple[str, list[str], dict[str, objec
 
 
 @pytest.fixture(scope="session")
-def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
+def image(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[Image]:
     given = os.environ.get("IMAGE_ARCHIVE")
     if not given:
         pytest.fail("IMAGE_ARCHIVE is not set; build an image: tests/lab/image/build.sh --output image.tar")
@@ -164,7 +165,10 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
                     shutil.rmtree(gone)
                 else:
                     gone.unlink(missing_ok=True)
-    yield Image(digest, root, config, str(config["architecture"]), sizes, frozenset(times))
+    architecture = str(config["architecture"])
+    emulated = MACHINES[architecture][0] != platform.machine()
+    ran_with(pytestconfig, "architecture", architecture + " under emulation" * emulated)
+    yield Image(digest, root, config, architecture, sizes, frozenset(times))
     shutil.rmtree(root)
 
 

@@ -13,7 +13,8 @@ pytest.register_assert_rewrite("tests.rigs.vhci_contract")
 
 from tests.kernel.kernel_rig import ALL, TWINS, KernelRig  # noqa: E402
 from tests.kernel.qemu_monitor import Monitor  # noqa: E402
-from tests.rigs.usbipd import RealUsbipd  # noqa: E402
+from tests.rigs.tested_with import ran_with  # noqa: E402
+from tests.rigs.usbipd import RealUsbipd, kernel_version  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -24,7 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture(scope="session")
-def usbipd_host() -> Iterator[RealUsbipd]:
+def usbipd_host(pytestconfig: pytest.Config) -> Iterator[RealUsbipd]:
     """Binds the guest's devices to usbip-host. Skips the test elsewhere, as it rebinds USB devices."""
     if "GUEST_TOOLS" not in os.environ:
         pytest.skip("runs in the guest only: tests/lab/guest/run.sh -u")
@@ -32,6 +33,8 @@ def usbipd_host() -> Iterator[RealUsbipd]:
     usbipd.load_modules()
     for serial in ALL:
         usbipd.bind(usbipd.busid(serial))
+    ran_with(pytestconfig, "server", usbipd.version())
+    ran_with(pytestconfig, "kernel", kernel_version())
     yield usbipd
     usbipd.stop()
 

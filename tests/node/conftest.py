@@ -9,7 +9,8 @@ import pytest
 
 from tests.node.node_api import Api, until
 from tests.node.node_plugin import Plugin, manifests
-from tests.rigs.usbipd import SERVER_MODULES, RealUsbipd
+from tests.rigs.tested_with import ran_on_nodes, ran_with
+from tests.rigs.usbipd import SERVER_MODULES, RealUsbipd, kernel_version
 
 OFFERED, FAR_END = "SERIAL1", "SERIAL2"
 
@@ -28,7 +29,7 @@ def usbipd() -> Iterator[RealUsbipd]:
 
 
 @pytest.fixture(scope="session")
-def api(usbipd: RealUsbipd) -> Api:
+def api(usbipd: RealUsbipd, pytestconfig: pytest.Config) -> Api:
     """Returns the cluster once the guest is a Ready node."""
     api = Api()
 
@@ -39,6 +40,12 @@ def api(usbipd: RealUsbipd) -> Api:
         return accounts and any(c["type"] == "Ready" and c["status"] == "True" for c in conditions)
 
     until(ready, "the node is ready")
+    guest = api.get("Node", "", "guest")
+    assert guest is not None
+    ran_on_nodes(pytestconfig, {"guest": guest})
+    ran_with(pytestconfig, "runtime", "cgroup v2")
+    ran_with(pytestconfig, "server", usbipd.version())
+    ran_with(pytestconfig, "kernel", kernel_version())
     return api
 
 

@@ -16,6 +16,7 @@ from tests.power.lab import Lab
 from tests.power.usb_server import ServerKind
 from tests.rigs.api_process import Cluster
 from tests.rigs.plugin_rights import cluster_with_rights
+from tests.rigs.tested_with import ran_with
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -48,6 +49,8 @@ def kind(request: pytest.FixtureRequest) -> ServerKind:
     """Returns what exports the devices. All tests of one kind run before those of the next."""
     found = request.param
     assert isinstance(found, ServerKind)
+    if found is ServerKind.EXPORTER:
+        ran_with(request.config, "server", "`usbip-plugin export`")
     return found
 
 

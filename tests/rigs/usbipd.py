@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
+import re
 import shutil
 import socket
 import subprocess
@@ -34,6 +36,12 @@ def eventually(check: Callable[[], bool], what: str, limit: float = SETTLE_S) ->
         if time.monotonic() > end:
             raise AssertionError(f"not within {limit:g} s: {what}")
         time.sleep(0.02)
+
+
+def kernel_version() -> str:
+    """Returns the version of the running kernel. On Debian the release has the number of an interface instead."""
+    debian = re.search(r"Debian ([\d.]+)", platform.version())
+    return debian[1] if debian else platform.release()
 
 
 class RealUsbipd:
@@ -74,6 +82,13 @@ class RealUsbipd:
             how(self._process)
             self._process.wait(timeout=END_S)
             self._process = None
+
+    def version(self) -> str:
+        """Returns the program with its version, such as `usbipd 2.0`."""
+        shown = subprocess.run(
+            [self._tool("usbipd"), "--version"], env=self._environment, capture_output=True, text=True, check=True
+        ).stdout
+        return f"usbipd {re.findall(r'[0-9.]*[0-9]', shown)[-1]}"
 
     @property
     def running(self) -> bool:

@@ -211,6 +211,14 @@ def test_a_section_reports_its_cost_and_a_lane_ends_with_its_first_failure(tmp_p
     assert [entry.split("\t")[2:4] for entry in ledger.splitlines()] == [["one", "ok"], ["two", "FAILED"]]
 
 
+def test_only_a_section_without_failures_records_what_it_was_tested_with(tmp_path: Path) -> None:
+    says = "echo 'tested with: kubernetes=1.31.14'; echo 'not tested with: python=2.7'"
+    ran = sections(f'section one 9 bash -c "{says}"\nsection two 9 bash -c "{says}; false" || true', tmp_path)
+    assert ran.returncode == 1
+    ledger = (tmp_path / "ci/tested-with.tsv").read_text(encoding="utf-8")
+    assert [line.split("\t")[2:] for line in ledger.splitlines()] == [["one", "kubernetes=1.31.14"]]
+
+
 def test_the_status_of_a_lab_that_make_cannot_set_up_is_75(tmp_path: Path) -> None:
     (tmp_path / "Makefile").write_text("lab:\n\t@exit 75\n", encoding="utf-8")
     ran = sections(f"section lab 9 make -f {tmp_path}/Makefile lab || true", tmp_path)

@@ -60,3 +60,4 @@ fi
 status=0
 "$python" -m pytest "$root/tests/e2e" --kubeconfig "$state/admin.kubeconfig" --nodes lab --lab-state "$state" \
   --image usbip-plugin:e2e ${OLD_IMAGE:+--old-image usbip-plugin:e2e-old} "$@" || status=$?
+[ "$status" != 0 ] || echo "tested with: runtime=runc $(runc --version | sed -n 's/^runc version //p')"

@@ -81,6 +81,9 @@ cluster_tools() {
   [ -n "$node_image" ] || registry || twice "the image of the nodes" _node_image
 }
 
+# tested_with_kind: for docs/tested_with.py
+tested_with_kind() { echo "tested with: kind=$(kind version | sed 's/^kind v\([^ ]*\).*/\1/')"; }
+
 # any answer is enough: the registry's is 401
 registry() {
   python3 - "$REGISTRY_SECONDS" <<'P'

@@ -26,3 +26,4 @@ rm -f "$state/image.tar"
 # are left out: tests/lab/cluster/e2e.sh runs them.
 status=0
 run "$python" -m pytest "$root/tests/e2e" --ignore "$root/tests/e2e/test_soak.py" --ignore "$root/tests/e2e/test_api_outage.py" --kubeconfig "$KUBECONFIG" --nodes kind --image "$image" --keep "$@" || status=$?
+[ "$status" != 0 ] || tested_with_kind

@@ -118,4 +118,5 @@ for command in "${commands[@]}"; do
 done
 [ -n "$pod" ] || fail "README.md has no pod"
 status=0
+tested_with_kind
 echo "the tour took $SECONDS s"
