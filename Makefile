@@ -34,7 +34,7 @@ PYTHONS := $(PYTHON) python3.13 python3.12 python3.11 python3.14 python3
 .DELETE_ON_ERROR:
 .PHONY: help demo test model sim sim-moments test-page screenshot docs site cast test-apiserver test-kernel test-kills soak-kernel test-deploy \
 	image test-image e2e tour test-kubelet test-outage soak test-node test-power \
-	bench bench-scale plots bench-kernel fuzz lint format proto constraints newest check affected nightly flakes clean
+	bench bench-scale plots bench-kernel fuzz lint format proto constraints newest test-python tested-with check affected nightly flakes clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -179,6 +179,21 @@ newest: ## the tests without constraints.txt: with the newest versions that pypr
 	@set -e; new=$$(mktemp -d); trap 'rm -rf "$$new"' EXIT; \
 	$(BIN)/python -m venv "$$new" >/dev/null && "$$new/bin/pip" --disable-pip-version-check --quiet install -e '.[test]'; \
 	"$$new/bin/python" -m pytest -q -p no:cacheprovider tests/unit tests/contract tests/protocol tests/sim
+
+test-python: ## unit, contract and protocol tests with PYTHON=3.13 or PYTHON=/path/to/python, in an environment of its own
+	@set -e; wanted=$(PYTHON); unset PYTHON; python=; \
+	for one in "$$wanted" "python$$wanted" "$$HOME/.pyenv/versions/$$wanted".*/bin/python; do \
+		"$$one" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && python=$$one && break; \
+	done; \
+	[ -n "$$wanted" ] && [ -n "$$python" ] || \
+		{ echo "no Python '$$wanted' >= 3.11 found; name one with: make test-python PYTHON=/path/to/python" >&2; exit 75; }; \
+	new=$$(mktemp -d); trap 'rm -rf "$$new"' EXIT; "$$python" -m venv "$$new"; \
+	"$$new/bin/python" -m pip --disable-pip-version-check --quiet install -c constraints.txt -e '.[test]'; \
+	"$$new/bin/python" -m pytest -q -p no:cacheprovider tests/unit tests/contract tests/protocol $(ARGS)
+
+tested-with: ## the README's table of versions, from what passed in .ci/run and nightly
+	$(BIN)/python docs/tested_with.py $(or $(USBIP_PLUGIN_CACHE),$(HOME)/.cache/usbip-plugin)/ci/tested-with.tsv
+	$(BIN)/python docs/generate.py
 
 clean: ## remove .venv, caches and build output
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis bench.json bench-scale.json
