@@ -34,7 +34,7 @@ PYTHONS := $(PYTHON) python3.13 python3.12 python3.11 python3.14 python3
 .DELETE_ON_ERROR:
 .PHONY: help demo test model sim sim-moments test-page screenshot docs site cast test-apiserver test-kernel test-kills soak-kernel test-deploy \
 	image test-image e2e tour test-kubelet test-outage soak test-node test-power \
-	bench bench-scale plots bench-kernel fuzz lint format proto constraints newest test-python tested-with check affected nightly flakes clean
+	bench bench-scale plots bench-kernel fuzz lint format proto constraints newest test-python versions check affected nightly flakes clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -191,7 +191,7 @@ test-python: ## unit, contract and protocol tests with PYTHON=3.13 or PYTHON=/pa
 	"$$new/bin/python" -m pip --disable-pip-version-check --quiet install -c constraints.txt -e '.[test]'; \
 	"$$new/bin/python" -m pytest -q -p no:cacheprovider tests/unit tests/contract tests/protocol $(ARGS)
 
-tested-with: ## the README's table of versions, from what passed in .ci/run and nightly
+versions: ## the README's table of versions, from what passed in .ci/run and nightly
 	$(BIN)/python docs/tested_with.py $(or $(USBIP_PLUGIN_CACHE),$(HOME)/.cache/usbip-plugin)/ci/tested-with.tsv
 	$(BIN)/python docs/generate.py
 
