@@ -83,7 +83,8 @@ def test_a_process_allocates_a_device_and_leaves_it_attached_for_its_successor(
         assert {(request.right, request.namespace) for request in counted} == {("list pods", NAMESPACE)}, (
             "nodes are counted"
         )
-        status = await node.get_json("/api/status")
+        # the ports are counted when they have not changed for a moment
+        status = await node.until_status(lambda status: status["driver"]["used_hs"] == 1)
         (row,) = status["devices"]
         assert [row[name] for name in ("holder", "pod", "state", "here", "port", "server", "selector", "usb_id")] == [
             *("node-a", "default/reader", "Attached", True, 0, address, "vendor 0951", "0951:1666"),
@@ -97,7 +98,7 @@ def test_a_process_allocates_a_device_and_leaves_it_attached_for_its_successor(
         assert (locks["read"], locks["reachable"], locks["held"], locks["known"]) == (True, True, 1, 1)
         assert locks["heartbeat"] >= 0
         assert (status["node"], status["not_ready"], status["not_alive"]) == ("node-a", [], [])
-        assert (status["driver"]["error"], status["driver"]["used_hs"]) == (None, 1)
+        assert status["driver"]["error"] is None
         assert [(one["reason"], one["about"]) for one in status["events"]] == [("DeviceAttached", "default/reader")]
         cluster = await node.get_json("/api/cluster")
         (row,) = cluster["devices"]

@@ -34,6 +34,9 @@ from usbip_sim.server.usbdevice import VirtualDevice
 
 STICK = UsbId(0x0951, 0x1666)
 
+STATUS_POLL_S = 0.1
+"""Seconds between two readings of a page on which something is awaited."""
+
 
 @dataclass(frozen=True)
 class Places:
@@ -135,6 +138,13 @@ class Node:
             return bool(patches) and patches[-1].body == body
 
         await self.until_api(written)
+
+    async def until_status(self, holds: Callable[[Any], bool]) -> Any:
+        """Waits until /api/status, which is made at most once a second, is like this, and returns it."""
+        async with asyncio.timeout(LIMIT_S):
+            while not holds(status := await self.get_json("/api/status")):  # noqa: ASYNC110 - a page has no event
+                await asyncio.sleep(STATUS_POLL_S)
+        return status
 
     async def until_api(self, condition: Callable[[FakeApi], bool]) -> None:
         """Waits until the condition holds; see FakeApi.until."""

@@ -24,4 +24,5 @@ def ran_on_nodes(config: pytest.Config, nodes: Mapping[str, Mapping[str, Any]]) 
 
 
 def lines(config: pytest.Config) -> list[str]:
-    return sorted(config.stash.get(_LINES, set()))
+    found = config.stash.get(_LINES, None)
+    return sorted(found or ())
