@@ -10,6 +10,7 @@ import asyncio
 import collections
 import enum
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -28,6 +29,11 @@ log = logging.getLogger(__name__)
 
 POLL_S = 2.0
 """Seconds between looks at the devices in use: the kernel announces the end of a connection by no uevent."""
+RESET_S = 3.0
+"""Seconds after an export for which a device that is missing counts as busy, not as gone.
+
+usbip-host resets it then, for about 0.3 s, and some devices come back as if they were plugged in anew.
+"""
 
 
 class ImportResult(enum.Enum):
@@ -83,6 +89,8 @@ class Exports:
         self._importing = collections.defaultdict[str, asyncio.Lock](asyncio.Lock)
         self._abandoned: set[str] = set()
         self._ending: set[str] = set()
+        self._resets: dict[str, float] = {}
+        """By bus ID: until when a device is being reset after an export, in monotonic seconds."""
         self._refused = FirstTimes[tuple[str, str, ImportResult]]()
         self._unwritable = ""
         self._woken = asyncio.Event()
@@ -105,7 +113,10 @@ class Exports:
 
         Cancel-safe: an import that was cancelled is ended.
         """
+        was_exported = busid in self._exports
         answer = await self._import(busid, peer, fd)
+        if answer.result is ImportResult.NO_DEVICE and (was_exported or self._is_reset(busid)):
+            answer = ImportAnswer(ImportResult.BUSY, cause="being reset, as its last client has just left")
         self._on_import(answer.result)
         extra = {"busid": busid, "peer": str(peer), "result": answer.result.value, "cause": answer.cause}
         known = busid if busid in self._binder.exported else ""  # a client may invent any number of others
@@ -221,6 +232,12 @@ class Exports:
         lasted = round((self._clock.now() - export.since).total_seconds())
         peer = str(export.peer or "unknown")
         log.info("export ended", extra={"busid": busid, "peer": peer, "duration_s": lasted})
+
+        now = self._clock.monotonic()
+        self._resets = {other: until for other, until in self._resets.items() if until > now} | {busid: now + RESET_S}
+
+    def _is_reset(self, busid: str) -> bool:
+        return self._clock.monotonic() < self._resets.get(busid, -math.inf)
 
     def _forget(self, busid: str) -> None:
         del self._exports[busid]

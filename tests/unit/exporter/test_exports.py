@@ -13,7 +13,7 @@ import pytest
 from tests.rigs.exporter_rig import OTHER, PEER, ExporterRig, closed
 from tests.rigs.tasks import virtual_with
 from usbip_plugin.errors import BindFailed
-from usbip_plugin.exporter.exports import POLL_S, ImportResult
+from usbip_plugin.exporter.exports import POLL_S, RESET_S, ImportResult
 from usbip_plugin.exporter.host import StubStatus
 from usbip_plugin.exporter.repeats import MAX_KNOWN
 from usbip_plugin.exporter.state import Export
@@ -93,6 +93,19 @@ async def test_the_end_of_an_export_is_noticed_by_itself(rig: ExporterRig) -> No
     (line,) = rig.logged("export ended")
     assert (line["peer"], line["duration_s"]) == (str(PEER), 62)
     assert rig.listed() == ["1-1", "1-2.3"]
+
+
+@running
+async def test_a_device_that_is_missing_while_it_is_reset_after_its_client_is_busy_and_later_gone(
+    rig: ExporterRig,
+) -> None:
+    await rig.import_device("1-1")
+    rig.clients[0].close()
+    await rig.freed("1-1")
+    rig.host.unplug("1-1")
+    assert (await rig.import_device("1-1")).result is ImportResult.BUSY
+    await rig.clock.sleep(POLL_S + RESET_S)
+    assert (await rig.import_device("1-1")).result is ImportResult.NO_DEVICE
 
 
 @running
