@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import os
 import shutil
+import sys
+import tomllib
 from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from kubectl_package import write
 
 from tests.apiserver.command_line import command
 from tests.apiserver.node_tokens import NAMESPACE, NodeTokens
@@ -215,21 +219,36 @@ async def test_lists_and_events_are_read_with_selectors_that_the_api_server_take
     assert (status, err, isinstance(json.loads(out), list)) == (Exit.DONE, "", True)
 
 
-async def test_kubectl_runs_the_plugin_and_completes_its_arguments(rig: Rig, cluster: Cluster, kubeconfig: str) -> None:
+@pytest.fixture
+def scripts(tmp_path: Path) -> Path:
+    """Returns a directory with the commands of the distribution kubectl-usbip."""
+    write(tmp_path / "tree")
+    made = tmp_path / "bin"
+    made.mkdir()
+    project = tomllib.loads((tmp_path / "tree/pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for name, target in project["scripts"].items():
+        module, _, function = target.partition(":")
+        text = f"import sys\nsys.path.insert(0, {str(tmp_path / 'tree')!r})\nfrom {module} import {function}\n"
+        (made / name).write_text(f"#!{sys.executable}\n{text}sys.exit({function}())\n", encoding="utf-8")
+        (made / name).chmod(0o755)
+    return made
+
+
+async def test_kubectl_runs_the_plugin_and_completes_its_arguments(
+    rig: Rig, cluster: Cluster, kubeconfig: str, scripts: Path
+) -> None:
     (key,) = rig.keys
     await rig.use(rig.nodes[0])
-    real = kubectl(cluster)
-    status, out, _err = await command("usbip", "devices", "-o", "name", prog=(real,), kubeconfig=kubeconfig)
+    run = functools.partial(command, prog=(kubectl(cluster),), kubeconfig=kubeconfig, scripts=scripts)
+    status, out, _err = await run("usbip", "devices", "-o", "name")
     assert status == 0
     assert key.id in out.split()
-    status, _out, _err = await command("usbip", "explain", key.id, prog=(real,), kubeconfig=kubeconfig)
+    status, _out, _err = await run("usbip", "explain", key.id)
     assert status == Exit.PROBLEM, "kubectl hands on the exit status"
-    status, out, _err = await command("usbip", "--help", prog=(real,), kubeconfig=kubeconfig)
+    status, out, _err = await run("usbip", "--help")
     assert out.startswith("usage: kubectl usbip")
-    status, out, _err = await command("__complete", "usbip", "expl", prog=(real,), kubeconfig=kubeconfig)
+    status, out, _err = await run("__complete", "usbip", "expl")
     assert out.splitlines()[0].split("\t")[0] == "explain"
-    status, out, _err = await command(
-        "__complete", "usbip", "release", key.id[:10], prog=(real,), kubeconfig=kubeconfig
-    )
+    status, out, _err = await run("__complete", "usbip", "release", key.id[:10])
     assert key.id in out
     assert ":4" in out, "no file names"
