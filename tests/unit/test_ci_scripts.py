@@ -212,11 +212,11 @@ def test_a_section_reports_its_cost_and_a_lane_ends_with_its_first_failure(tmp_p
 
 
 def test_only_a_section_without_failures_records_what_it_was_tested_with(tmp_path: Path) -> None:
-    says = "echo 'tested with: kubernetes=1.31.14'; echo 'not tested with: python=2.7'"
+    says = "echo 'tested with: kubernetes=1.31.13'; echo 'not tested with: python=2.7'"
     ran = sections(f'section one 9 bash -c "{says}"\nsection two 9 bash -c "{says}; false" || true', tmp_path)
     assert ran.returncode == 1
     ledger = (tmp_path / "ci/tested-with.tsv").read_text(encoding="utf-8")
-    assert [line.split("\t")[2:] for line in ledger.splitlines()] == [["one", "kubernetes=1.31.14"]]
+    assert [line.split("\t")[2:] for line in ledger.splitlines()] == [["one", "kubernetes=1.31.13"]]
 
 
 def test_the_status_of_a_lab_that_make_cannot_set_up_is_75(tmp_path: Path) -> None:

@@ -17,9 +17,9 @@ def entry(result: str, section: str = "kubelet", time: str = "2026-01-02T03:04:0
 
 
 def test_the_last_run_of_a_version_counts() -> None:
-    first, last = entry("kubernetes=1.31.14"), entry("kubernetes=1.31.14", time="2026-02-03T00:00:00", tree="def")
+    first, last = entry("kubernetes=1.31.13"), entry("kubernetes=1.31.14", time="2026-02-03T00:00:00", tree="def")
     found = tested_with.parse([first, last, "2026-01-01T00:00:00\tcut off"])
-    assert found == {"kubernetes": {"1.31.14": {"section": "kubelet", "date": "2026-02-03", "tree": "def"}}}
+    assert found == {"kubernetes": {"1.31.13": {"section": "kubelet", "date": "2026-02-03", "tree": "def"}}}
 
 
 def test_the_table_has_what_passed_and_no_row_without_it() -> None:
@@ -52,12 +52,12 @@ def test_the_readme_claims_what_the_kept_results_have() -> None:
 
 
 def test_tests_name_what_they_ran_with(own_config: pytest.Config) -> None:
-    info = {"kubeletVersion": "v1.31.14", "containerRuntimeVersion": "containerd://1.7.35"}
+    info = {"kubeletVersion": "v1.31.13", "containerRuntimeVersion": "containerd://1.7.35"}
     ran_on_nodes(own_config, {"a": {"status": {"nodeInfo": info}}, "b": {"status": {"nodeInfo": info}}})
     ran_with(own_config, "kernel", "6.12.117")
     assert lines(own_config) == [
         "tested with: kernel=6.12.117",
-        "tested with: kubernetes=1.31.14",
+        "tested with: kubernetes=1.31.13",
         "tested with: runtime=containerd 1.7.35",
     ]
 

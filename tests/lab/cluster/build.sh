@@ -14,7 +14,7 @@
 # Exit status 75: something cannot be downloaded (in three tries) or built. That says nothing about the project.
 set -euo pipefail
 # the last is the default
-K8S_VERSIONS='1.31.14 1.33.13 1.35.4 1.36.3 1.37.2' CONTAINERD_VERSIONS='1.7.35 2.4.2'
+K8S_VERSIONS='1.31.13 1.33.13 1.35.4 1.36.3 1.37.2' CONTAINERD_VERSIONS='1.7.35 2.4.2'
 ETCD=3.7.3 RUNC=1.5.2 CNI=1.9.1 KIND=0.33.0 COREDNS=1.14.6 HELM=3.22.0 PROMETHEUS=0.316.0 OPERATOR=0.85.0
 ACTIONLINT=1.7.12 HELM_DOCS=1.14.2 KREW=0.4.3 OPENSHIFT=0.0.0-20251015095338-264e80a2b6e7
 [ $# -gt 0 ] || set -- apiserver
