@@ -17,7 +17,7 @@ def entry(result: str, section: str = "kubelet", time: str = "2026-01-02T03:04:0
 
 
 def test_the_last_run_of_a_version_counts() -> None:
-    first, last = entry("kubernetes=1.31.13"), entry("kubernetes=1.31.14", time="2026-02-03T00:00:00", tree="def")
+    first, last = entry("kubernetes=1.31.13"), entry("kubernetes=1.31.13", time="2026-02-03T00:00:00", tree="def")
     found = tested_with.parse([first, last, "2026-01-01T00:00:00\tcut off"])
     assert found == {"kubernetes": {"1.31.13": {"section": "kubelet", "date": "2026-02-03", "tree": "def"}}}
 
