@@ -44,7 +44,9 @@ def rows(survey: Survey, nodes: Offered = None, *, locks_read: bool = True) -> l
                 found.append(_unmatched_row(survey, selector, key, nodes))
                 seen |= {key.id} if key is not None else set()
     named_resources = {name for row in found for name in _texts(row["resources"])}
-    found += [_resource_row(name, count) for name, count in (nodes or {}).items() if name not in named_resources]
+    found += [
+        _resource_row(survey, name, count) for name, count in (nodes or {}).items() if name not in named_resources
+    ]
     return sorted(
         found, key=lambda row: (row["device"] is None, str(row["device"]), str(row["id"]), str(row["reason"]))
     )
@@ -204,21 +206,11 @@ def _unmatched_row(survey: Survey, unmatched: UnmatchedSelector, key: DeviceKey 
     return _columns(survey, key, None, verdict, [resource]) | named_by | {"server": str(server)}
 
 
-def _resource_row(name: str, count: int) -> Row:
+def _resource_row(survey: Survey, name: str, count: int) -> Row:
     """Returns the row of a resource that nodes have, and whose devices are not known here."""
-    offered = f"offered by {_nodes(count)}; its devices are not known here"
-    reason = offered if count else "no node offers it; its devices are not known here"
-    keys = ("device", "id", "server", "busid", "usb_id", "serial")
-    more = ("holder", "pod", "port", "since", "age", "last_sign", "epoch")
-    return {
-        **dict.fromkeys(keys),
-        "resources": [name],
-        "state": "unknown",
-        **dict.fromkeys(more),
-        "reason": reason,
-        "reason_code": Reason.UNKNOWN.code,
-        "in_place_of": None,
-    }
+    offered = f"offered by {_nodes(count)}" if count else "no node offers it"
+    verdict = "unknown", Reason.UNKNOWN, f"{offered}; its devices are not known here"
+    return _columns(survey, None, None, verdict, [name])
 
 
 def _nodes(count: int) -> str:

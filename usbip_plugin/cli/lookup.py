@@ -273,3 +273,8 @@ def is_object_name(text: str) -> bool:
 def mapping(value: Any) -> Mapping[str, Any]:
     """Returns the value if it is a JSON object, else an empty mapping."""
     return value if isinstance(value, dict) else {}
+
+
+def items(value: Any) -> list[Any]:
+    """Returns the value if it is a JSON array, else an empty list."""
+    return value if isinstance(value, list) else []

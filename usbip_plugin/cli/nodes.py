@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from usbip_plugin.cli.lookup import mapping
+from usbip_plugin.cli.lookup import items, mapping
 from usbip_plugin.cli.sources import NodeReading, PluginPod
 from usbip_plugin.cli.survey import Survey
 from usbip_plugin.cli.tables import Columns, Row
@@ -56,7 +56,7 @@ def _node_row(
     nodes: Sequence[NodeReading] | None,
 ) -> Row:
     page = pages.get(pod.name) if pod is not None else None
-    problems = [str(line) for line in _items(page.get("not_ready"))] if page is not None else []
+    problems = [str(line) for line in items(page.get("not_ready"))] if page is not None else []
     if node is None and nodes is not None:
         problems.append("the node does not exist; run `prune`")
     return {
@@ -80,7 +80,7 @@ def module_of(page: Mapping[str, Any] | None) -> str | None:
     if "driver" in page:
         error = mapping(page["driver"]).get("error")
         return "loaded" if error is None else "missing" if "not loaded" in str(error) else "unusable"
-    codes = {mapping(device).get("reason_code") for device in _items(page.get("devices"))}
+    codes = {mapping(device).get("reason_code") for device in items(page.get("devices"))}
     if Reason.NO_DRIVER.code in codes:
         return "missing"
     return "loaded" if codes else None
@@ -130,7 +130,3 @@ def server_kind(paths: Sequence[str]) -> str | None:
     if not paths:
         return None
     return "linux" if all(path.startswith(LINUX_PATH) for path in paths) else "other"
-
-
-def _items(value: object) -> list[Any]:
-    return value if isinstance(value, list) else []

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from uuid import uuid4
 
-from usbip_plugin.cli.lookup import is_object_name, mapping
+from usbip_plugin.cli.lookup import is_object_name, items, mapping
 from usbip_plugin.cli.parser import PLUGIN_LABEL
 from usbip_plugin.cli.sources import connected
 from usbip_plugin.cli.spinner import spinner
@@ -116,8 +116,7 @@ async def _delete(kube: KubeClient, path: str, name: str) -> None:
 def exit_status(pod: Mapping[str, Any]) -> int | None:
     """Returns the exit status of a pod's container, None while it may still end. Raises CommandError if it cannot."""
     status = mapping(pod.get("status"))
-    containers = status.get("containerStatuses")
-    for one in containers if isinstance(containers, list) else ():
+    for one in items(status.get("containerStatuses")):
         state = mapping(mapping(one).get("state"))
         ended, waiting = mapping(state.get("terminated")), mapping(state.get("waiting"))
         if isinstance(code := ended.get("exitCode"), int):
@@ -176,6 +175,5 @@ def _template(daemon_set: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _plugin_container(template: Mapping[str, Any]) -> Mapping[str, Any]:
-    containers = mapping(template.get("spec")).get("containers")
-    found = [mapping(one) for one in containers] if isinstance(containers, list) else []
+    found = map(mapping, items(mapping(template.get("spec")).get("containers")))
     return next((one for one in found if one.get("name") == CONTAINER), {})

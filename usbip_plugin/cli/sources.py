@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from usbip_plugin.cli import lookup
 from usbip_plugin.cli.explain import DeviceDetails
-from usbip_plugin.cli.lookup import DeviceLookup, ask_servers, domain_of, find_config, mapping
+from usbip_plugin.cli.lookup import DeviceLookup, ask_servers, domain_of, find_config, items, mapping
 from usbip_plugin.cli.namespace import namespace_of
 from usbip_plugin.cli.parser import PLUGIN_LABEL
 from usbip_plugin.cli.spinner import spinner
@@ -217,11 +217,11 @@ def _counts(name: object, count: object, domain: str) -> bool:
 def plugin_pod(pod: Mapping[str, Any]) -> PluginPod:
     """Returns what the commands need of a pod of the plugin, whatever it has."""
     spec, status = mapping(pod.get("spec")), mapping(pod.get("status"))
-    containers = [mapping(one) for one in _items(spec.get("containers"))]
+    containers = [mapping(one) for one in items(spec.get("containers"))]
     main = next((one for one in containers if one.get("name") == "plugin"), containers[0] if containers else {})
-    ports = [mapping(one) for one in _items(main.get("ports"))]
+    ports = [mapping(one) for one in items(main.get("ports"))]
     port = next((one.get("containerPort") for one in ports if one.get("name") == "http"), None)
-    restarts = [mapping(one).get("restartCount") for one in _items(status.get("containerStatuses"))]
+    restarts = [mapping(one).get("restartCount") for one in items(status.get("containerStatuses"))]
     return PluginPod(
         _name(pod),
         str(spec.get("nodeName") or "")[:MAX_TEXT],
@@ -241,13 +241,9 @@ def version_of(image: str) -> str:
 
 
 def _is_ready(status: Mapping[str, Any]) -> bool:
-    conditions = [mapping(one) for one in _items(status.get("conditions"))]
+    conditions = [mapping(one) for one in items(status.get("conditions"))]
     return any(one.get("type") == "Ready" and one.get("status") == "True" for one in conditions)
 
 
 def _name(value: Mapping[str, Any]) -> str:
     return str(mapping(value.get("metadata")).get("name") or "")[:MAX_TEXT]
-
-
-def _items(value: object) -> list[Any]:
-    return value if isinstance(value, list) else []

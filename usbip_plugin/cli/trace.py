@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from usbip_plugin.cli.lookup import mapping
+from usbip_plugin.cli.lookup import items, mapping
 
 MAX_SPANS = 2048
 """Spans of one trace that are shown."""
@@ -34,8 +34,7 @@ def spans_of(pages: Iterable[Any]) -> tuple[Span, ...]:
     """Returns the spans of one trace from the pages of several nodes, each span once, by start."""
     found: dict[str, Span] = {}
     for page in pages:
-        listed = mapping(page).get("spans")
-        for one in listed if isinstance(listed, list) else ():
+        for one in items(mapping(page).get("spans")):
             if len(found) < MAX_SPANS and (span := _span(mapping(one))) is not None:
                 found.setdefault(span.span_id, span)
     return tuple(sorted(found.values(), key=lambda span: (span.start, span.span_id)))
@@ -100,8 +99,7 @@ def latest(page: Any, names: Sequence[str]) -> str | None:
 
     names: SERVER/BUSID and the ID of the device.
     """
-    listed = mapping(page).get("traces") if isinstance(page, dict) else page
-    for one in listed if isinstance(listed, list) else ():
+    for one in items(mapping(page).get("traces") if isinstance(page, dict) else page):
         summary = mapping(one)
         if summary.get("device") in names and isinstance(summary.get("trace_id"), str):
             return str(summary["trace_id"])
