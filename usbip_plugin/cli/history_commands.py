@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import dataclasses
 import sys
@@ -13,7 +12,7 @@ from typing import Any
 from usbip_plugin.cli.device_events import COLUMNS, Subject, event_rows
 from usbip_plugin.cli.explain import DeviceDetails
 from usbip_plugin.cli.lookup import mapping
-from usbip_plugin.cli.pages import MAX_PAGES, PARALLEL, RIGHT, read_page
+from usbip_plugin.cli.pages import MAX_PAGES, RIGHT, read_pages
 from usbip_plugin.cli.parser import Exit
 from usbip_plugin.cli.sources import PluginPod, one_device, read_plugins
 from usbip_plugin.cli.tables import show, structured
@@ -102,29 +101,14 @@ async def _trace_id(kube: KubeClient, namespace: str, pods: Sequence[PluginPod],
 
 async def _all_pages(kube: KubeClient, namespace: str, pods: Sequence[PluginPod], path: str) -> list[Any]:
     """Returns a page of each plugin that has it, in the order of pods. Raises KubeForbidden without the right."""
-    slots = asyncio.Semaphore(PARALLEL)
-    missing: list[str] = []
-
-    async def read(pod: PluginPod) -> Any:
-        async with slots:
-            try:
-                return await read_page(kube, namespace, pod, path)
-            except KubeNotFound:
-                return None
-            except KubeForbidden as error:
-                return error
-            except KubeError as error:
-                missing.append(f"node {pod.node} does not answer: {error}")
-                return None
-
-    async with asyncio.TaskGroup() as tasks:
-        reading = [tasks.create_task(read(pod)) for pod in pods]
-    found = [task.result() for task in reading]
-    for one in found:
-        if isinstance(one, KubeForbidden):
-            raise CommandError(f"status pages cannot be read; this needs the right {RIGHT}") from one
-    _note(*missing)
-    return [page for page in found if page is not None]
+    found = await read_pages(kube, namespace, pods, path)
+    nodes = {pod.name: pod.node for pod in pods}
+    if (forbidden := next((one for one in found.values() if isinstance(one, KubeForbidden)), None)) is not None:
+        raise CommandError(f"status pages cannot be read; this needs the right {RIGHT}") from forbidden
+    for name, one in found.items():
+        if isinstance(one, KubeError) and not isinstance(one, KubeNotFound):
+            _note(f"node {nodes[name]} does not answer: {one}")
+    return [page for page in found.values() if page is not None and not isinstance(page, KubeError)]
 
 
 def _note(*lines: str) -> None:

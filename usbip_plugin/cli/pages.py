@@ -38,32 +38,43 @@ async def read_page(kube: KubeClient, namespace: str, pod: PluginPod, path: str)
     return None
 
 
+async def read_pages(
+    kube: KubeClient, namespace: str, pods: Sequence[PluginPod], path: str
+) -> dict[str, Any | KubeError]:
+    """Returns the page of each pod, or why it cannot be read, by pod name in the order of pods.
+
+    Once the right is missing, no further pod is asked; those are left out.
+    """
+    slots = asyncio.Semaphore(PARALLEL)
+    found: dict[str, Any | KubeError] = {}
+
+    async def read(pod: PluginPod) -> None:
+        async with slots:
+            if any(isinstance(one, KubeForbidden) for one in found.values()):
+                return  # so are all others
+            try:
+                found[pod.name] = await read_page(kube, namespace, pod, path)
+            except KubeError as error:
+                found[pod.name] = error
+
+    async with asyncio.TaskGroup() as tasks:
+        for pod in pods:
+            tasks.create_task(read(pod))
+    return {pod.name: found[pod.name] for pod in pods if pod.name in found}
+
+
 async def read_statuses(
     kube: KubeClient, namespace: str, pods: Sequence[PluginPod]
 ) -> tuple[dict[str, Mapping[str, Any]], list[str]]:
     """Returns the /api/status of each pod that answers, by pod name, and why others are missing, in sentences."""
-    found: dict[str, Mapping[str, Any]] = {}
-    failed: list[KubeError] = []
-    slots = asyncio.Semaphore(PARALLEL)
-
-    async def read(pod: PluginPod) -> None:
-        async with slots:
-            if failed and isinstance(failed[0], KubeForbidden):
-                return  # so are all others
-            try:
-                found[pod.name] = mapping(await read_page(kube, namespace, pod, "/api/status"))
-            except KubeError as error:
-                failed.append(error)
-
     asked = [pod for pod in pods if pod.port is not None][:MAX_PAGES]
-    async with asyncio.TaskGroup() as tasks:
-        for pod in asked:
-            tasks.create_task(read(pod))
+    pages = await read_pages(kube, namespace, asked, "/api/status")
+    failed = [one for one in pages.values() if isinstance(one, KubeError)]
     problems = []
-    if failed and isinstance(failed[0], KubeForbidden):
+    if any(isinstance(one, KubeForbidden) for one in failed):
         problems.append(f"status pages cannot be read, so MODULE is not known; they need the right {RIGHT}")
     elif failed:
         problems.append(f"{len(failed)} of {len(asked)} status pages cannot be read: {failed[0]}")
     if len(pods) > MAX_PAGES:
         problems.append(f"only the status pages of {MAX_PAGES} of {len(pods)} pods were read")
-    return found, problems
+    return {name: mapping(one) for name, one in pages.items() if not isinstance(one, KubeError)}, problems
