@@ -137,26 +137,10 @@ command_of() {
   build "$1" "$work/$module" "$3" "${@:4}"
 }
 
-# operator_crds NAME...: an annotation of each has its version
-operator_crds() {
-  local name from module=github.com/prometheus-operator/prometheus-operator@v$OPERATOR
-  for name; do
-    ! grep -qsF "operator.prometheus.io/version: $OPERATOR" "$dir/crds/$name.yaml" || continue
-    missing+=("$name.yaml")
-    [ -n "$building" ] || continue
-    need_go "$name.yaml"
-    thrice go mod download "$module"
-    from=$(go mod download -json "$module" | sed -n 's/^\t"Dir": "\(.*\)",$/\1/p')
-    mkdir -p "$dir/crds"
-    cp "$from/example/prometheus-operator-crd/monitoring.coreos.com_$name.yaml" "$work/$name.yaml"
-    mv "$work/$name.yaml" "$dir/crds/$name.yaml"
-  done
-}
-
-# openshift_crds NAME...: the first line of each has its version
-openshift_crds() {
-  local name from module=github.com/openshift/api@v$OPENSHIFT
-  for name; do
+# resource_definitions MODULE PREFIX SUFFIX NAME...: files of a module, PREFIXnameSUFFIX; the first line of each has its version
+resource_definitions() {
+  local name from module=$1
+  for name in "${@:4}"; do
     ! grep -qsF "# $module" "$dir/crds/$name.yaml" || continue
     missing+=("$name.yaml")
     [ -n "$building" ] || continue
@@ -164,7 +148,8 @@ openshift_crds() {
     thrice go mod download "$module"
     from=$(go mod download -json "$module" | sed -n 's/^\t"Dir": "\(.*\)",$/\1/p')
     mkdir -p "$dir/crds"
-    { echo "# $module"; cat "$from"/payload-manifests/crds/*_"$name.crd.yaml"; } >"$work/$name.yaml"
+    # shellcheck disable=SC2086 # PREFIX may be a pattern
+    { echo "# $module"; cat "$from"/$2"$name$3"; } >"$work/$name.yaml"
     mv "$work/$name.yaml" "$dir/crds/$name.yaml"
   done
 }
@@ -210,8 +195,9 @@ group() {
       # without the clients of thirty clouds, and without their download
       GOFLAGS=-tags=remove_all_sd command_of promtool "github.com/prometheus/prometheus@v$PROMETHEUS" \
         github.com/prometheus/prometheus/cmd/promtool "${plain[@]}"
-      operator_crds podmonitors prometheusrules
-      openshift_crds securitycontextconstraints
+      resource_definitions "github.com/prometheus-operator/prometheus-operator@v$OPERATOR" \
+        example/prometheus-operator-crd/monitoring.coreos.com_ .yaml podmonitors prometheusrules
+      resource_definitions "github.com/openshift/api@v$OPENSHIFT" 'payload-manifests/crds/*_' .crd.yaml securitycontextconstraints
       ;;
     release)
       module=github.com/rhysd/actionlint
