@@ -9,7 +9,7 @@ PluginError (in parentheses: subclasses)
   HostError: StubMissing, StubNotWritable, BindFailed
   ListenFailed
   CdiError
-  LockError: LockHeld, LockLost, LockUnavailable
+  LockError: LockHeld, LockLost, LockUnavailable (LockReleased)
   KubeError: KubeUnreachable, KubeUnauthorized, KubeForbidden, KubeNotFound, KubeConflict, KubeGone, KubeThrottled,
     KubeServerError
   KubeletError: RegistrationFailed, PodResourcesUnavailable
@@ -346,6 +346,13 @@ class LockUnavailable(LockError):
     def __init__(self, device: str, cause: str) -> None:
         self.device = device
         super().__init__(f"cannot lock {device}: {cause}")
+
+
+class LockReleased(LockUnavailable):
+    """A person has released the lock: it is not taken again for the pod that had it (R6)."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__(device, "a person has released it")
 
 
 class KubeError(PluginError):

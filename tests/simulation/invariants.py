@@ -453,7 +453,7 @@ class Watch:
                     quiet
                     and device_id not in attached
                     and self.cluster.holder(key) in ("", node.name)
-                    and not self._released_by_hand(key)
+                    and not any(map(self._released_by_hand, (key, self.chaos.moved.get(key, key))))
                     and (
                         (self.reachable(node, key) and self._as_claimed(node, key))
                         or self._followable(node, key, self.chaos.moved.get(key))

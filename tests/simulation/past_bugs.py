@@ -16,12 +16,13 @@ from usbip_plugin.attach.release import Releaser
 from usbip_plugin.attach.tasks import DeviceTasks
 from usbip_plugin.attach.usage import Unlisted
 from usbip_plugin.claims import Claim, ClaimState
+from usbip_plugin.errors import LockUnavailable
 from usbip_plugin.inventory import health
 from usbip_plugin.kube.node_status import NodeStatusPublisher
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer
 from usbip_plugin.kubelet.pod_resources import PodResourcesWatcher
 from usbip_plugin.kubelet.publish import KubeletPublisher
-from usbip_plugin.locks import protocol
+from usbip_plugin.locks import manager, protocol
 from usbip_plugin.locks.manager import Grant, LockManager
 from usbip_plugin.locks.record import IMPORT_FROM
 from usbip_plugin.model import DeviceKey, Endpoint, Lock
@@ -107,6 +108,11 @@ def by_its_boot(lock: Lock, boot_id: str | None, _epoch: int) -> bool:
     return lock.boot_id == boot_id
 
 
+def as_if_unavailable(device: str) -> LockUnavailable:
+    """Hides that a person released the lock, so that the next try to take it may succeed."""
+    return LockUnavailable(device, "a person has released it")
+
+
 def anything(*_arguments: object) -> bool:
     return True
 
@@ -130,9 +136,8 @@ PAST: Mapping[str, Wrong] = {
     "an-attachment-without-lock-and-pod": patched(SimulatedVhci, "ports", records_of_the_tool),
     "a-lower-count-that-is-left-to-the-kubelet": patched(NodeStatusPublisher, "_lowers", below_what_was_written),
     "a-lock-of-a-bus-id-that-is-not-used-again": patched(ServerPoller, "export_state", only_a_list_with_it_counts),
-    "a-lock-that-a-restore-brings-back": patched(
-        adopt, "is_taken_back", lambda lock, boot_id, _: lock.boot_id == boot_id
-    ),
+    "a-lock-that-a-restore-brings-back": patched(adopt, "is_taken_back", by_its_boot),
+    "a-released-lock-of-a-place": patched(manager, "LockReleased", as_if_unavailable),
     "a-device-that-a-dead-import-has": patched(LockManager, "release", release_for_all),
     "a-count-that-waits-for-a-change": patched(KubeletPublisher, "attach", attach_silently),
 }

@@ -282,6 +282,25 @@ async def test_an_allocate_of_the_place_fails_and_names_the_former_bus_id() -> N
         assert again.envs["USBIP_STICK_0_BUSID"] == "1-1"
 
 
+@pytest.mark.parametrize("runs", [True, False], ids=["while the plugin runs", "while it is down"])
+@stepped
+async def test_a_person_who_releases_the_lock_of_the_place_has_the_device_detached_for_good(runs: bool) -> None:
+    async with red_followed() as (c, _lab, node):
+        if not runs:
+            await node.stop()
+        c.release_by_hand(HERE)
+        if not runs:
+            node.start()
+        assert await c.settle(lambda: not node.attached(), AT_ONCE_S)
+        assert not await c.settle(lambda: bool(node.attached()), 60)
+        await node.stop()
+        node.start()
+        assert not await c.settle(lambda: bool(node.attached()), 60), "nor by the next process"
+        await c.becomes(c["node-b"], HERE, healthy=True)
+        assert await c["node-b"].admit(pod("q"), "stick") is None
+        assert c["node-b"].attached() == {HERE}
+
+
 @pytest.mark.parametrize("place", [HERE, THERE], ids=["own server", "other server"])
 @pytest.mark.parametrize("own", [True, False], ids=["own lock", "lock of the place"])
 @stepped

@@ -310,7 +310,7 @@ class AttachmentMonitor:
     def _location_lost(self, device_id: str, lock: Lock | None) -> None:
         """Begins to re-attach the device that was followed to this bus ID, because the lock here is lost (R6).
 
-        The re-attach takes that lock again if nobody holds it, or else detaches the device.
+        The re-attach takes the lock again if nobody holds it and no person has released it, or detaches the device.
         """
         holder = lock.holder if lock is not None else ""
         claim = self._tasks.book.moved_here(device_id)
@@ -318,6 +318,9 @@ class AttachmentMonitor:
             return
         self._tasks.book.move(claim, ClaimEvent.PORT_LOST)
         log.error("lock lost", extra={"device": str(claim.key), "place": str(claim.location), "holder": holder})
-        text = f"the lock of {claim.location} names {holder or 'nobody'} now; re-attaching"
+        if lock is not None and lock.by_hand:
+            text = f"a person has released the lock of {claim.location}; detaching the device here"
+        else:
+            text = f"the lock of {claim.location} names {holder or 'nobody'} now; re-attaching"
         self._events(DeviceEvent(EventKind.LOST, claim.key, text, claim.pod))
         self.begin_reattach(claim.id)

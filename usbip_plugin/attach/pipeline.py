@@ -248,8 +248,8 @@ class Pipeline:
 
         Attaches the device from the claim's location, and writes the lock of that location too. If the device is still
         attached, because only its lock was lost or its CDI spec could not be written, only these are written again.
-        Raises the errors of attach_new, LockLost if the claim's lock names another holder, and LockHeld if another node
-        holds the lock of the location.
+        Raises the errors of attach_new, LockLost if the claim's lock names another holder, LockHeld if another node
+        holds the lock of the location, and LockReleased if a person has released that.
 
         deadline: bounds import and enumeration, in seconds on the monotonic clock.
         wait_for_list: whether a device with another USB ID, which may be another device, must first be listed so.

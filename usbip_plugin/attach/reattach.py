@@ -26,6 +26,7 @@ from usbip_plugin.errors import (
     LockError,
     LockHeld,
     LockLost,
+    LockReleased,
     NodesMissing,
     PluginError,
     RecordNotWritable,
@@ -313,7 +314,7 @@ class Reattacher:
                 self.locator.attach_failed(location, error)
                 await self._pipeline.detach_from_location(device_id)
             raise
-        except (ImportRefused, WrongDevice, WrongSerial, LockHeld) as error:
+        except (ImportRefused, WrongDevice, WrongSerial, LockHeld, LockReleased) as error:
             self.locator.attach_failed(location, error)
             if self._tasks.book[device_id].moved_to is not None:
                 if isinstance(error, WrongSerial):

@@ -16,7 +16,7 @@ from opentelemetry.trace import Tracer
 
 from usbip_plugin.clock import Clock
 from usbip_plugin.config.schema import DEFAULT_LOCK_DURATION_S, IMPORT_WINDOW_S
-from usbip_plugin.errors import LockError, LockHeld, LockLost, LockUnavailable
+from usbip_plugin.errors import LockError, LockHeld, LockLost, LockReleased, LockUnavailable
 from usbip_plugin.locks import protocol, record
 from usbip_plugin.locks.kept import IgnoredLocks, LockFilter
 from usbip_plugin.locks.protocol import Decision, Denied, LockMeta, LockStatus, Rules, Tenure, Write
@@ -200,8 +200,8 @@ class LockManager:
         Raises LockHeld if another node holds it, or another boot of this node (R3). Raises LockUnavailable if the API
         server does not answer or refuses, or if another boot left the lock and the server does not list the device.
         If the call is cancelled or unavailable and its write takes effect after all, run() releases the lock again.
-        With claimed=True, run() does not release it: the caller must, whatever the outcome of this call. A lock that a
-        person has released is not taken then (R6).
+        With claimed=True, run() does not release it: the caller must, whatever the outcome of this call. Raises
+        LockReleased then for a lock that a person has released (R6).
         With attached=True, the device is attached here, so that nobody else has it: a lock that was set back or left is
         taken.
         """
@@ -446,7 +446,7 @@ def _held(key: DeviceKey, lease: Lease | None, me: NodeIdentity) -> LockError:
     if lease is None:
         return LockUnavailable(str(key), "its Lease was deleted meanwhile")
     if protocol.released_by_hand(lease):
-        return LockUnavailable(str(key), "a person has released it")
+        return LockReleased(str(key))
     if protocol.is_free(lease):
         cause = "an earlier boot of a node may have the device, and no list shows it as free"
         return LockUnavailable(str(key), cause)
