@@ -178,7 +178,7 @@ class ExportServer:
             self._drop(peer, Dropped.TIMEOUT)
         except wire.ProtocolViolation as violation:
             self._drop(peer, Dropped.INVALID, str(violation))
-        except OSError as error:  # EOFError of a client that closes is one of them
+        except OSError as error:  # also if the client has closed
             log.debug("connection lost", extra={"peer": str(peer), "cause": str(error)})
         finally:
             sock.close()
