@@ -260,7 +260,9 @@ class _Play:
             # such a server does not show whether the machine with the earlier boot has the device (R3)
             node = c.nodes.get(lease.holder) if record.is_lock_name(name) else None
             boot = node.agent.locks._me.boot_id if node is not None and node.agent is not None else None
-            if boot is not None and lease.annotations.get(record.BOOT_ID) != boot:
+            # what a machine has attached, it locks again itself if the lock was set back by a restore
+            has_it = node is not None and name in {key.id for key in node.attached()}
+            if boot is not None and lease.annotations.get(record.BOOT_ID) != boot and not has_it:
                 self.note(f"a person releases {name}, which an earlier boot of {lease.holder} holds")
                 write = Write(NodeIdentity(lease.holder, ""), datetime(2026, 1, 1, tzinfo=UTC), record.BY_HAND, 0.0)
                 c.backend.replace(released(lease, write).lease)
