@@ -17,7 +17,7 @@ from usbip_plugin.locks.manager import LockSettings
 from usbip_plugin.locks.protocol import Write, released
 from usbip_plugin.model import Attachment, DeviceKey, Health, NodeIdentity, PodRef, Reason, UsbId
 from usbip_plugin.node.agent import Agent, MetricHooks
-from usbip_sim.server.server import VirtualServer
+from usbip_sim.server.server import RESET_TIME, VirtualServer
 from usbip_sim.server.usbdevice import VirtualDevice
 from usbip_sim.virtual import cluster as simulated
 from usbip_sim.virtual.cluster_node import ClusterNode
@@ -33,9 +33,12 @@ SETTLE = 5.0
 """Virtual seconds in which everything happens that waits for no timeout."""
 
 
-def server(host: str, *devices: VirtualDevice, keepalive: bool = False) -> VirtualServer:
+def server(
+    host: str, *devices: VirtualDevice, keepalive: bool = False, reset_time: float = RESET_TIME
+) -> VirtualServer:
     clock = SimClock(asyncio.get_running_loop())
-    return VirtualServer(devices, host, 3240, clock=clock, listen=False, keepalive=keepalive)
+    options = {"clock": clock, "listen": False, "keepalive": keepalive, "reset_time": reset_time}
+    return VirtualServer(devices, host, 3240, **options)  # type: ignore[arg-type]
 
 
 def stick(busid: str, serial: str = "") -> VirtualDevice:

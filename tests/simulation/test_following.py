@@ -377,9 +377,56 @@ async def test_a_server_that_comes_back_with_other_busids_for_all_its_devices() 
         await c.becomes(c["node-a"], held, healthy=False, within=30)
         replug(lab, stick("1-1", "BLUE"), stick("2-1", "RED"))
         await lab.start()
-        await c.becomes(c["node-a"], held, healthy=True, within=60)  # a poll of a dead server takes up to 36 s
+        await c.becomes(c["node-a"], held, healthy=True, within=FOUND_S)
         assert c["node-a"].attached() == {other}, "at the present place of its serial number"
         await c.becomes(c["node-b"], other, healthy=False)
+
+
+@pytest.mark.parametrize("away", range(60, 90, 6))
+@stepped
+async def test_a_renumbered_device_is_attached_within_five_seconds_of_its_servers_return(away: int) -> None:
+    """away: seconds without the server, after which its polls are half a minute apart."""
+    async with red_taken() as (c, lab, node):
+        await lab.stop()
+        await c.becomes(node, HOME, healthy=False)
+        await asyncio.sleep(away)
+        carry(lab, "1-1", lab, "1-2")
+        granted = lab.table.granted
+        await lab.start()
+        await c.becomes(node, HOME, healthy=True, within=SOON_S)
+        assert node.attached() == {HERE}
+        assert lab.table.granted == granted + 2, "read once, and attached"
+
+
+@stepped
+async def test_a_former_bus_id_that_its_server_has_refused_is_not_tried_again_before_the_new_one() -> None:
+    lab = server("lab", stick("1-1", "RED"), reset_time=0.0)
+    async with cluster(spec([lab], nodes=1)) as c:
+        node = await c.taken(HOME)
+        carry(lab, "1-1", lab, "1-2")
+        await found_again(c, node)
+        assert node.attached() == {HERE}
+        assert lab.table.refused == 1
+
+
+@pytest.mark.parametrize("seconds", range(20, 28, 2))
+@stepped
+async def test_a_device_is_not_followed_to_a_twin_while_its_server_takes_its_connection_for_alive(seconds: int) -> None:
+    async with offered(stick("1-1", "SAME"), stick("1-2", "SAME"), nodes=1) as (c, lab, keys):
+        node = c["node-a"]
+        assert await node.admit(pod("p"), "stick") is None
+        (held,) = node.attached()
+        (twin,) = set(keys) - {held}
+        link = c.network.link(node.name, LAB)
+        link.cut()
+        await c.becomes(node, held, healthy=False, within=30)
+        await asyncio.sleep(seconds)
+        link.mend()
+        agent(node).poller.poll_soon(LAB)  # the list comes before the next try
+        assert lab.importers(held.busid) == 1, "half-open, so the device is not listed"
+        await c.becomes(node, held, healthy=True, within=FOUND_S)
+        assert node.attached() == {held}
+        assert c.holder(twin) == ""
 
 
 @stepped

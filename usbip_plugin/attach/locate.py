@@ -18,6 +18,8 @@ from usbip_plugin.config.selectors import Match, matches
 from usbip_plugin.context import NodeContext
 from usbip_plugin.errors import (
     ClaimBusy,
+    DeviceUnknown,
+    ImportRefused,
     LockHeld,
     PluginError,
     ServerUnreachable,
@@ -277,12 +279,28 @@ class DeviceLocator:
             return None
         return WrongSerial(claim.key, claim.serial, reading.serial, listed.devid)
 
+    def unlisted(self, claim: Claim) -> DeviceUnknown | None:
+        """Returns DeviceUnknown if the claim's device is, or may be, at another bus ID than its own, else None.
+
+        None unless the claim's own bus ID was refused less than RETRY_AFTER seconds ago. A device that is not listed
+        may be one whose connection is half-open at the server, and only an import from its own bus ID ends that.
+        """
+        refused = self._readings.get(claim.key)
+        if refused is None or refused.devid is not None or refused.until <= self._clock.monotonic():
+            return None
+        if claim.moved_to is not None or self.listed(claim) is not None or self.find(claim) is None:
+            return None
+        return DeviceUnknown(claim.key)
+
     def attach_failed(self, location: DeviceKey, error: PluginError) -> None:
         """Records that an attach from this location has failed with this error.
 
         After WrongSerial the serial number found there is kept. After any other error the location is left alone for
-        RETRY_AFTER seconds.
+        RETRY_AFTER seconds. A server that has answered although its last poll failed is polled again.
         """
+        answered = isinstance(error, ImportRefused | WrongDevice | WrongSerial)
+        if answered and not self.may_answer(location.server):
+            self._poller.poll_soon(location.server)
         if isinstance(error, WrongSerial):
             self._remember(location, error.devid, error.found, READING_LASTS)
         else:

@@ -269,12 +269,15 @@ class Reattacher:
         if await self._pipeline.still_attached(device_id) is not None:
             return await self._attach_from_location(device_id, deadline)
         cause: PluginError | None = (
-            self.locator.serial_mismatch(claim) or self.locator.server_error(claim) or self.locator.replaced(claim)
+            self.locator.serial_mismatch(claim)
+            or self.locator.server_error(claim)
+            or self.locator.replaced(claim)
+            or self.locator.unlisted(claim)
         )
         if cause is None:
             self._accept_listed_usb_id(claim)
         found = self._locate(device_id, cause) if cause is not None else None
-        if cause is None or (found is None and not isinstance(cause, WrongDevice | WrongSerial)):
+        if cause is None or (found is None and isinstance(cause, ServerUnreachable)):
             try:
                 return await self._attach_from_location(device_id, deadline)
             except DeviceBusy:
