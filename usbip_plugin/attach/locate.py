@@ -306,17 +306,21 @@ class DeviceLocator:
         else:
             self._remember(location, None, "", RETRY_AFTER)
 
-    async def probe(self, key: DeviceKey, descriptor: Descriptor) -> Identity:
+    async def probe(self, key: DeviceKey, descriptor: Descriptor) -> None:
         """Reads a device's serial number and interfaces under its mutex, and remembers the serial number.
 
-        Raises the errors of Pipeline.probe, and ClaimBusy if the device is in use on this node.
+        Reads nothing if another call has read the device while this one waited. Raises the errors of Pipeline.probe,
+        and ClaimBusy if the device is in use on this node.
         """
+        called_at = self._clock.monotonic()
         async with self._tasks.mutex(key.id):
             if self._tasks.book.in_use(key.id):
                 raise ClaimBusy(f"{key} is in use on this node")
+            last = self._reading(key, descriptor)
+            if last is not None and last.until > called_at + READING_LASTS:
+                return
             identity = await self._pipeline.probe(key, descriptor)
-        self._remember(key, identity.devid, identity.serial or "", READING_LASTS)
-        return identity
+            self._remember(key, identity.devid, identity.serial or "", READING_LASTS)
 
     async def _probe(self, candidate: Candidate) -> None:
         key = candidate.key

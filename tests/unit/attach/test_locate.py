@@ -1,5 +1,6 @@
 """The search for a lost device: the servers that may have it, and the decision by serial numbers."""
 
+import asyncio
 import contextlib
 import random
 from typing import Any
@@ -24,7 +25,7 @@ from usbip_plugin.claims import Claim, ClaimState
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.context import NodeContext
 from usbip_plugin.errors import DeviceUnknown, LockHeld, PluginError
-from usbip_plugin.model import DeviceKey, Identity, ServerKey, UsbId
+from usbip_plugin.model import Descriptor, DeviceKey, Identity, ServerKey, UsbId
 from usbip_plugin.observe.tracing import Tracing
 from usbip_plugin.usbip.poller import ServerView, listed
 
@@ -149,7 +150,7 @@ class Unreadable:
     def subscribe(self, _callback: object) -> None:
         pass
 
-    async def probe(self, key: DeviceKey, _descriptor: object) -> Identity:
+    async def probe(self, key: DeviceKey, _device: Descriptor) -> Identity:
         raise self._error or DeviceUnknown(key)
 
 
@@ -182,3 +183,36 @@ async def test_a_device_that_another_node_reads_is_not_left_alone_after_that(
     await locator._probe(found)
     assert not locator._probing
     assert (KEY in locator._readings) is left_alone
+
+
+class SlowReads(Unreadable):
+    """Devices that take a second to read, one at a time. count: how often one was read."""
+
+    def __init__(self, clock: SteppedClock) -> None:
+        super().__init__()
+        self.count = 0
+        self._clock, self._mutex = clock, asyncio.Lock()
+
+    def mutex(self, _device_id: str) -> asyncio.Lock:
+        return self._mutex
+
+    async def probe(self, _key: DeviceKey, device: Descriptor) -> Identity:
+        await asyncio.sleep(0)
+        self._clock.time += 1.0
+        self.count += 1
+        return Identity(device.devid, "RED")
+
+
+async def test_a_device_is_read_once_for_two_callers_at_a_time_and_again_for_a_later_one() -> None:
+    clock = SteppedClock()
+    context = NodeContext(ME, clock, random.Random(0), Tracing("n", version="1", environ={}).tracer)
+    reads: Any = SlowReads(clock)
+    locator = DeviceLocator(context, locks=reads, poller=reads, resources=reads, tasks=reads, pipeline=reads)
+    device = descriptor(KEY.busid)
+    await asyncio.gather(locator.probe(KEY, device), locator.probe(KEY, device))
+    assert reads.count == 1
+    await locator.probe(KEY, device)
+    assert reads.count == 2
+    replugged = descriptor(KEY.busid, devnum=9)
+    await asyncio.gather(locator.probe(KEY, device), locator.probe(KEY, replugged))
+    assert reads.count == 4, "another device has the bus ID"
