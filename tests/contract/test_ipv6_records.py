@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import socket
-from pathlib import Path
 
 from tests.rigs.command_rig import LIMIT_S, NEEDS_IPV6
 from tests.rigs.vhci_contract import state
@@ -18,15 +16,13 @@ from usbip_sim.server.usbdevice import VirtualDevice
 
 
 @NEEDS_IPV6
-async def test_a_port_record_holds_an_ipv6_server_in_the_usbip_tools_format(tmp_path: Path) -> None:
+async def test_a_port_record_holds_an_ipv6_server_in_the_usbip_tools_format(rig: FakeSysfsRig) -> None:
     server = VirtualServer([VirtualDevice("1-1", UsbId(0x0951, 0x1666), configured=True)], "::1")
     await server.start()
     key = DeviceKey(server.key, "1-1")
     assert str(key) == f"[::1]:{server.key.port}/1-1"
-    async with asyncio.TaskGroup() as group, contextlib.AsyncExitStack() as stack:
+    async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(server.stop)
-        rig = FakeSysfsRig(tmp_path, group)
-        stack.callback(rig.close)
         client = stack.enter_context(contextlib.closing(TcpUsbipClient(SystemClock())))
         imported = await client.import_device(key, timeout=LIMIT_S)
         rig.sysfs.devices[imported.descriptor.devid] = imported.descriptor

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.rigs.vhci_contract import NodesContract, VhciContract
-from tests.rigs.vhci_rigs import FakeSysfsRig, MemoryServer, RemoteRig, SimRig, SocketServer
+from tests.rigs.vhci_rigs import MemoryServer, RemoteRig, SimRig, SocketServer
 
 
 class TestSimulatedKernel(NodesContract, VhciContract):
@@ -33,9 +33,4 @@ class TestSimulatedKernelAsAProcess(NodesContract, VhciContract):
 
 
 class TestFakeSysfs(NodesContract, VhciContract):
-    @pytest.fixture
-    async def rig(self, tmp_path: Path) -> AsyncIterator[FakeSysfsRig]:
-        async with asyncio.TaskGroup() as group:
-            rig = FakeSysfsRig(tmp_path, group)
-            yield rig
-            rig.close()
+    """With the rig of conftest.py."""

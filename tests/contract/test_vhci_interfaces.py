@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import errno
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,14 +26,6 @@ LIMIT_S = 10.0
 ALL = InterfaceRules(asked=(3,))
 KEY = DeviceKey(SERVER, MODEM.busid)
 PHONE = InterfaceClass(0x06, 1, 1)
-
-
-@pytest.fixture
-async def rig(tmp_path: Path) -> AsyncIterator[FakeSysfsRig]:
-    async with asyncio.TaskGroup() as group:
-        rig = FakeSysfsRig(tmp_path, group)
-        yield rig
-        rig.close()
 
 
 async def attach_modem(rig: FakeSysfsRig, driver: SysfsVhci, rules: InterfaceRules | None = None) -> Attachment:

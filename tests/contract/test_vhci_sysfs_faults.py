@@ -51,14 +51,6 @@ LIMIT_S = 10.0
 KEYS = [DeviceKey(SERVER, twin.busid) for twin in TWINS]
 
 
-@pytest.fixture
-async def rig(tmp_path: Path) -> AsyncIterator[FakeSysfsRig]:
-    async with asyncio.TaskGroup() as group:
-        rig = FakeSysfsRig(tmp_path, group)
-        yield rig
-        rig.close()
-
-
 def records(rig: FakeSysfsRig) -> dict[str, str]:
     return {path.name: path.read_text() for path in rig.records.glob("*")}
 

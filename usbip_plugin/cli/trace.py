@@ -18,7 +18,12 @@ MAX_DEPTH = 32
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A span of a trace, as /api/traces/ID has it. start: in UTC, which sorts as text. seconds: its duration."""
+    """A span of a trace, as /api/traces/ID has it.
+
+    start: in UTC, which sorts as text.
+    seconds: its duration.
+    links: IDs of other traces.
+    """
 
     span_id: str
     parent_id: str | None
@@ -28,6 +33,7 @@ class Span:
     seconds: float
     attributes: Mapping[str, str]
     error: str | None
+    links: tuple[str, ...]
 
 
 def spans_of(pages: Iterable[Any]) -> tuple[Span, ...]:
@@ -53,6 +59,7 @@ def _span(value: Mapping[str, Any]) -> Span | None:
         float(seconds),
         {_text(key): _text(text) for key, text in mapping(value.get("attributes")).items()},
         _text(error) if isinstance(error, str) else None,
+        tuple(map(_text, items(value.get("links")))),
     )
 
 
@@ -60,10 +67,11 @@ def _text(value: Any) -> str:
     return str("" if value is None else value)[:MAX_TEXT]
 
 
-def tree(spans: Sequence[Span]) -> str:
+def tree(spans: Sequence[Span], *, starts: bool = True) -> str:
     """Returns the spans as an indented tree, one line each, without the attributes of its parents.
 
     A span is at the top if its parent is not among the spans: it may not have ended, or its node may not answer.
+    starts: whether spans at the top show when they start.
     """
     known = {span.span_id for span in spans}
     children: dict[str | None, list[Span]] = {}
@@ -80,7 +88,7 @@ def tree(spans: Sequence[Span]) -> str:
             add(child, rest + bend, rest + bar, {**above, **span.attributes}, depth + 1)
 
     for root in children.get(None, []):
-        add(root, f"{root.start}  ", "", {}, 0)
+        add(root, f"{root.start}  " if starts else "", "", {}, 0)
     return "\n".join(lines)
 
 
@@ -89,6 +97,7 @@ def _line(span: Span, above: Mapping[str, str]) -> str:
     if span.node:
         parts.append(f"[{span.node}]")
     parts += [f"{key}={text}" for key, text in sorted(span.attributes.items()) if above.get(key) != text]
+    parts += [f"link={trace_id[:8]}" for trace_id in span.links]
     if span.error is not None:
         parts.append(f"ERROR: {span.error}" if span.error else "ERROR")
     return "".join(character if character.isprintable() else "?" for character in " ".join(parts))
