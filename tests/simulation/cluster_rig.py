@@ -37,8 +37,7 @@ def server(
     host: str, *devices: VirtualDevice, keepalive: bool = False, reset_time: float = RESET_TIME
 ) -> VirtualServer:
     clock = SimClock(asyncio.get_running_loop())
-    options = {"clock": clock, "listen": False, "keepalive": keepalive, "reset_time": reset_time}
-    return VirtualServer(devices, host, 3240, **options)  # type: ignore[arg-type]
+    return VirtualServer(devices, host, 3240, clock=clock, listen=False, keepalive=keepalive, reset_time=reset_time)
 
 
 def stick(busid: str, serial: str = "") -> VirtualDevice:
