@@ -17,15 +17,18 @@ from usbip_plugin.attach.tasks import DeviceTasks
 from usbip_plugin.attach.usage import Unlisted
 from usbip_plugin.claims import Claim, ClaimState
 from usbip_plugin.errors import LockUnavailable
-from usbip_plugin.inventory import health
+from usbip_plugin.inventory import health, probe
+from usbip_plugin.inventory.probe import needs_probe
+from usbip_plugin.inventory.snapshot import Snapshot
 from usbip_plugin.kube.node_status import NodeStatusPublisher
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer
 from usbip_plugin.kubelet.pod_resources import PodResourcesWatcher
 from usbip_plugin.kubelet.publish import KubeletPublisher
 from usbip_plugin.locks import manager, protocol
 from usbip_plugin.locks.manager import Grant, LockManager
+from usbip_plugin.locks.protocol import LockStatus
 from usbip_plugin.locks.record import IMPORT_FROM
-from usbip_plugin.model import DeviceKey, Endpoint, Lock
+from usbip_plugin.model import Descriptor, DeviceKey, Endpoint, Lock
 from usbip_plugin.usbip import client
 from usbip_plugin.usbip.poller import ExportState, ServerPoller
 from usbip_plugin.vhci.driver import PortState
@@ -113,6 +116,12 @@ def as_if_unavailable(device: str) -> LockUnavailable:
     return LockUnavailable(device, "a person has released it")
 
 
+def also_of_an_earlier_boot(snapshot: Snapshot, key: DeviceKey, descriptor: Descriptor) -> bool:
+    """Takes a device for free that a pod has had since before a reboot."""
+    free = {i: status for i, status in snapshot.lock_statuses.items() if status is not LockStatus.OTHER_BOOT}
+    return needs_probe(replace(snapshot, lock_statuses=free), key, descriptor)
+
+
 def anything(*_arguments: object) -> bool:
     return True
 
@@ -137,6 +146,7 @@ PAST: Mapping[str, Wrong] = {
     "a-lower-count-that-is-left-to-the-kubelet": patched(NodeStatusPublisher, "_lowers", below_what_was_written),
     "a-lock-of-a-bus-id-that-is-not-used-again": patched(ServerPoller, "export_state", only_a_list_with_it_counts),
     "a-lock-that-a-restore-brings-back": patched(adopt, "is_taken_back", by_its_boot),
+    "a-probe-of-what-an-earlier-boot-had": patched(probe, "needs_probe", also_of_an_earlier_boot),
     "a-released-lock-of-a-place": patched(manager, "LockReleased", as_if_unavailable),
     "a-device-that-a-dead-import-has": patched(LockManager, "release", release_for_all),
     "a-count-that-waits-for-a-change": patched(KubeletPublisher, "attach", attach_silently),

@@ -28,7 +28,7 @@ from usbip_plugin.errors import (
     WrongSerial,
 )
 from usbip_plugin.locks.manager import LockManager
-from usbip_plugin.model import Descriptor, DeviceKey, Identity, ServerKey
+from usbip_plugin.model import Descriptor, DeviceKey, Identity, Lock, NodeIdentity, ServerKey
 from usbip_plugin.sync import Broadcast
 from usbip_plugin.usbip.poller import ServerPoller, ServerState, ServerView
 
@@ -152,6 +152,15 @@ LOSS_DETECTION = 15.0
 
 A device that another server lists since then may be the lost one.
 """
+
+
+def is_taken(lock: Lock, claim: Claim, me: NodeIdentity) -> bool:
+    """Returns whether another node holds this lock, or an earlier boot of this node does for another claim.
+
+    The kubelet may have yet to name the pod that has the device since before a reboot.
+    """
+    mine = (lock.holder, lock.boot_id) == (me.node, me.boot_id)
+    return lock.holder != "" and not mine and (lock.holder != me.node or lock.in_place_of != claim.id)
 
 
 class DeviceLocator:
@@ -351,7 +360,7 @@ class DeviceLocator:
                     (another and (lock is None or lock.serial != claim.serial))
                     or key == claim.key
                     or self._tasks.book.in_use(key.id)
-                    or (lock is not None and lock.holder not in ("", self._me.node))
+                    or (lock is not None and is_taken(lock, claim, self._me))
                     or not may_be_lost_device(self._resources.config, claim, key, descriptor)
                     or not self._may_have_come(claim, key)
                 ):

@@ -38,11 +38,14 @@ PROBE_SPREAD = 0.5
 
 
 def needs_probe(snapshot: Snapshot, key: DeviceKey, descriptor: Descriptor) -> bool:
-    """Returns whether a selector needs the identity of this listed device, and the device is free to be probed."""
+    """Returns whether a selector needs the identity of this listed device, and the device is free to be probed.
+
+    It is not while this node holds its lock: after a reboot that of a pod that the kubelet has yet to name.
+    """
     identity = snapshot.identity_of(key.id, descriptor)
     if identity.serial is not None and (descriptor.interfaces or identity.interfaces) is not None:
         return False
-    if snapshot.lock_statuses.get(key.id, LockStatus.FREE) is LockStatus.HELD:
+    if snapshot.lock_statuses.get(key.id, LockStatus.FREE) not in (LockStatus.FREE, LockStatus.EXPIRED):
         return False
     if key.id in snapshot.claims or snapshot.moved_here(key.id) is not None:
         return False

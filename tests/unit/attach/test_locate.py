@@ -18,6 +18,7 @@ from usbip_plugin.attach.locate import (
     SerialReading,
     Verdict,
     decide,
+    is_taken,
     may_be_lost_device,
     possible_servers,
 )
@@ -25,7 +26,7 @@ from usbip_plugin.claims import Claim, ClaimState
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.context import NodeContext
 from usbip_plugin.errors import DeviceUnknown, LockHeld, PluginError
-from usbip_plugin.model import Descriptor, DeviceKey, Identity, ServerKey, UsbId
+from usbip_plugin.model import Descriptor, DeviceKey, Identity, Lock, ServerKey, UsbId
 from usbip_plugin.observe.tracing import Tracing
 from usbip_plugin.usbip.poller import ServerView, listed
 
@@ -88,6 +89,25 @@ def test_a_reading_holds_for_the_device_listed_at_its_time(
     devid: int | None, devnum: int, now: float, holds: bool
 ) -> None:
     assert SerialReading(devid, "RED", 10.0).holds(descriptor(devnum=devnum), now) is holds
+
+
+@pytest.mark.parametrize(
+    ("holder", "boot", "in_place_of", "taken"),
+    [
+        ("", None, None, False),
+        ("", "boot-0", None, False),
+        ("node-z", "boot-z", None, True),
+        ("node-z", "boot-z", KEY.id, True),
+        (ME.node, ME.boot_id, None, False),
+        (ME.node, "boot-0", None, True),
+        (ME.node, "boot-0", KEY.id, False),
+    ],
+)
+def test_a_lost_device_is_not_looked_for_where_another_claim_may_have_one(
+    holder: str, boot: str | None, in_place_of: str | None, taken: bool
+) -> None:
+    there = Lock("usbip-there", holder, 3, 40.0, "7", boot_id=boot, in_place_of=in_place_of)
+    assert is_taken(there, Claim(KEY, STICK, state=ClaimState.REATTACHING), ME) is taken
 
 
 def test_a_lost_device_may_be_only_where_a_selector_matches_its_serial_number() -> None:

@@ -42,6 +42,12 @@ def keys(now: Snapshot) -> list[DeviceKey]:
     return [key for key, _descriptor in devices_to_probe(now)]
 
 
+@pytest.mark.parametrize("status", [LockStatus.MINE, LockStatus.OTHER_BOOT])
+def test_a_device_whose_lock_this_node_holds_is_not_probed(status: LockStatus) -> None:
+    """After a reboot it may be that of a pod which the kubelet has yet to name, and a probe releases the lock."""
+    assert keys(snapshot(RED, locks=known(holder="node-a"), lock_statuses={KEY.id: status})) == []
+
+
 @pytest.mark.parametrize("serial", ["RED", "BLUE", ""])
 def test_a_serial_number_is_read_until_it_is_known_and_again_from_another_device(serial: str) -> None:
     assert keys(snapshot(RED)) == [KEY]
