@@ -22,6 +22,7 @@ from tests.simulation.plan import Plan
 from tests.simulation.play import Wrong, patched
 from tests.simulation.shapes import B, act, shape, wait
 from usbip_plugin.attach import pipeline, reattach
+from usbip_plugin.attach.claim_locks import ClaimLocks
 from usbip_plugin.attach.half_open import HalfOpenConnections
 from usbip_plugin.attach.monitor import AttachmentMonitor
 from usbip_plugin.attach.pipeline import Pipeline
@@ -60,7 +61,7 @@ OFFERED = "nothing is offered without the API server"
 LEFT = "nothing is left"
 
 # Replacements are named after what they do wrong. These are the replaced functions that some of them call.
-check_still_ours = Pipeline._check_still_ours
+check_still_ours = ClaimLocks.check_still_ours
 create = MemoryBackend.create
 detach_and_release = Releaser.detach_and_release
 bind = TcpUsbipClient.bind
@@ -74,7 +75,7 @@ write_lock = Writer._write
 # R1
 
 
-async def without_a_write(self: Pipeline, claim: Claim, _import_from: Endpoint | None, **_options: bool) -> Grant:
+async def without_a_write(self: ClaimLocks, claim: Claim, _import_from: Endpoint | None, **_options: bool) -> Grant:
     lock = self._locks.locks[claim.id]
     return Grant(lock, lock.epoch, math.inf)
 
@@ -130,7 +131,7 @@ async def release_first(self: Releaser, device_id: str, **options: bool) -> None
 # R6
 
 
-async def renew_only(self: Pipeline, claim: Claim, import_from: Endpoint | None, **_options: bool) -> Grant:
+async def renew_only(self: ClaimLocks, claim: Claim, import_from: Endpoint | None, **_options: bool) -> Grant:
     return await self._locks.renew(claim.key, import_from)
 
 
@@ -138,16 +139,16 @@ def ignore(*_arguments: object) -> None:
     """Replaces a check or a reaction by nothing."""
 
 
-def ignore_the_place(self: Pipeline, claim: Claim) -> None:
+def ignore_the_place(self: ClaimLocks, claim: Claim) -> None:
     check_still_ours(self, replace(claim, moved_to=None))
 
 
-def ignore_its_own(self: Pipeline, claim: Claim) -> None:
+def ignore_its_own(self: ClaimLocks, claim: Claim) -> None:
     check_still_ours(self, replace(claim, key=claim.location, moved_to=None))
 
 
 @contextlib.asynccontextmanager
-async def goes_on(_self: Pipeline, _claim: Claim) -> AsyncIterator[None]:
+async def goes_on(_self: ClaimLocks, _claim: Claim) -> AsyncIterator[None]:
     yield
 
 
@@ -361,7 +362,7 @@ MUTANTS = (
         "attached again without a write",
         TWO_IMPORTS,
         (CUT_OFF,),
-        patched(Pipeline, "_write_again", without_a_write),
+        patched(ClaimLocks, "write_again", without_a_write),
     ),
     Mutant("R1", "no window", NOT_LOCKED, IN_FLIGHT, Wrong(Rules(import_deadline=for_ever))),
     Mutant(
@@ -396,9 +397,9 @@ MUTANTS = (
             Rules(decide_amend=amended_by_anybody),
             patches=(
                 (AttachmentMonitor, "_lock_changed", ignore),
-                (Pipeline, "_write_again", renew_only),
-                (Pipeline, "_check_still_ours", ignore),
-                (Pipeline, "_while_ours", goes_on),
+                (ClaimLocks, "write_again", renew_only),
+                (ClaimLocks, "check_still_ours", ignore),
+                (ClaimLocks, "while_ours", goes_on),
             ),
         ),
     ),
@@ -414,28 +415,28 @@ MUTANTS = (
         "a loss before the device is handed out is ignored",
         NOT_LOCKED,
         ROBBED,
-        patched(Pipeline, "_check_still_ours", ignore, (Pipeline, "_while_ours", goes_on)),
+        patched(ClaimLocks, "check_still_ours", ignore, (ClaimLocks, "while_ours", goes_on)),
     ),
     Mutant(
         "R6",
         "an enumeration goes on without its lock",
         NOT_LOCKED,
         (ROBBED_FOR_LONG,),
-        patched(Pipeline, "_while_ours", goes_on),
+        patched(ClaimLocks, "while_ours", goes_on),
     ),
     Mutant(
         "R6",
         "the lock of the place may be lost",
         NOT_ATTACHED,
         ROBBED_ELSEWHERE,
-        patched(Pipeline, "_check_still_ours", ignore_the_place, (Pipeline, "_while_ours", goes_on)),
+        patched(ClaimLocks, "check_still_ours", ignore_the_place, (ClaimLocks, "while_ours", goes_on)),
     ),
     Mutant(
         "R6",
         "the device's own lock may be lost",
         NOT_WORKING,
         ROBBED_ELSEWHERE,
-        patched(Pipeline, "_check_still_ours", ignore_its_own, (Pipeline, "_while_ours", goes_on)),
+        patched(ClaimLocks, "check_still_ours", ignore_its_own, (ClaimLocks, "while_ours", goes_on)),
     ),
     Mutant(
         "R7",

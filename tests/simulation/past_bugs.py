@@ -11,7 +11,7 @@ from typing import Any
 
 from tests.simulation.play import Wrong, patched
 from usbip_plugin.attach import adopt, attacher
-from usbip_plugin.attach.pipeline import Pipeline
+from usbip_plugin.attach.claim_locks import ClaimLocks
 from usbip_plugin.attach.release import Releaser
 from usbip_plugin.attach.tasks import DeviceTasks
 from usbip_plugin.attach.usage import Unlisted
@@ -37,7 +37,7 @@ from usbip_sim.kernel.driver import SimulatedVhci
 export_state = ServerPoller.export_state
 release = LockManager.release
 detach_and_release = Releaser.detach_and_release
-write_again, check_still_ours = Pipeline._write_again, Pipeline._check_still_ours
+write_again, check_still_ours = ClaimLocks.write_again, ClaimLocks.check_still_ours
 
 
 def all_that_name_this_node(self: LockManager) -> tuple[Lock, ...]:
@@ -56,12 +56,14 @@ async def finish_for_good(self: Releaser, device_id: str, **_options: bool) -> N
     await detach_and_release(self, device_id)
 
 
-async def write_again_though_lost(self: Pipeline, claim: Claim, import_from: Endpoint | None, **options: bool) -> Grant:
+async def write_again_though_lost(
+    self: ClaimLocks, claim: Claim, import_from: Endpoint | None, **options: bool
+) -> Grant:
     """Ignores that the claim was lost meanwhile."""
     return await write_again(self, replace(claim, state=ClaimState.REATTACHING), import_from, **options)
 
 
-def look_at_the_lock_only(self: Pipeline, claim: Claim) -> None:
+def look_at_the_lock_only(self: ClaimLocks, claim: Claim) -> None:
     """Ignores that the claim was lost meanwhile."""
     if not self.is_mine(claim.id) or not self.is_mine(claim.location.id):
         check_still_ours(self, claim)
@@ -131,10 +133,10 @@ PAST: Mapping[str, Wrong] = {
         LockManager, "mine", all_that_name_this_node, (LockManager, "renew", renew_only)
     ),
     "a-released-lock-is-taken-back": patched(
-        Pipeline,
-        "_write_again",
+        ClaimLocks,
+        "write_again",
         write_again_though_lost,
-        (Pipeline, "_check_still_ours", look_at_the_lock_only),
+        (ClaimLocks, "check_still_ours", look_at_the_lock_only),
         (protocol, "released_by_hand", lambda _lease: False),
     ),
     "a-pod-that-lost-its-device-is-forgotten": patched(Releaser, "detach_and_release", finish_for_good),

@@ -6,11 +6,10 @@ happens after a failure. Each step is a span. R1 to R6 are the lock rules of doc
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from opentelemetry import trace
@@ -18,6 +17,7 @@ from opentelemetry.trace import Span, SpanKind
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
 from usbip_plugin.attach.cdi import CdiSpecs
+from usbip_plugin.attach.claim_locks import ClaimLocks
 from usbip_plugin.attach.events import EventSink, taken_over
 from usbip_plugin.attach.tasks import DeviceTasks
 from usbip_plugin.claims import Claim, ClaimEvent, ClaimState, Resources
@@ -26,13 +26,10 @@ from usbip_plugin.config.schema import ResourceConfig
 from usbip_plugin.config.selectors import allowed_interfaces, may_select, selector_for
 from usbip_plugin.context import NodeContext
 from usbip_plugin.errors import (
-    OTHER_BOOT,
     AttachStuck,
     DeviceBusy,
     LockError,
     LockHeld,
-    LockLost,
-    LockUnavailable,
     NodesMissing,
     UsbipError,
     WrongDevice,
@@ -40,12 +37,10 @@ from usbip_plugin.errors import (
 )
 from usbip_plugin.locks.manager import Grant, LockManager
 from usbip_plugin.locks.protocol import LockMeta
-from usbip_plugin.locks.watch import LockChange
 from usbip_plugin.model import (
     Attachment,
     Descriptor,
     DeviceKey,
-    Endpoint,
     Identity,
     InterfaceRules,
     ServerKey,
@@ -189,6 +184,7 @@ class Pipeline:
         self._book = tasks.book
         self._resources = resources
         self._events = events
+        self._claim_locks = ClaimLocks(context, locks, tasks.book)
         self._on_step = on_step
         self._on_flaw = on_flaw
 
@@ -259,10 +255,10 @@ class Pipeline:
         await self.detach(device_id)
         claim = self._book[device_id]
         with contextlib.closing(await self._bind(claim.location, claim)) as source:
-            grant = await self._write_again(self._book[device_id], source.endpoint)
+            grant = await self._claim_locks.write_again(self._book[device_id], source.endpoint)
             claim = self._book[device_id]
             if claim.moved_to is not None:
-                second = await self._write_location(claim, claim.moved_to, source.endpoint)
+                second = await self._claim_locks.write_location(claim, claim.moved_to, source.endpoint)
                 grant = replace(second, import_deadline=min(grant.import_deadline, second.import_deadline))
             return await self._attach(device_id, grant, source, deadline, Progress(""), wait_for_list=wait_for_list)
 
@@ -295,11 +291,7 @@ class Pipeline:
     async def _keep(self, device_id: str, now: Attachment) -> Attachment:
         """Takes the locks of a live attachment again, where they are lost, and hands the device out as it is (R6)."""
         claim = self._book[device_id]
-        taken = [key for key in dict.fromkeys((claim.key, claim.location)) if not self.is_mine(key.id)]
-        if claim.key in taken:
-            await self._write_again(claim, claim.import_from, attached=True)
-        if claim.moved_to in taken and claim.moved_to is not None:
-            await self._write_location(claim, claim.moved_to, claim.import_from, attached=True)
+        taken = await self._claim_locks.take_back(claim)
         attachment = self._hand_out(device_id, now)
         port = own_port(claim.location, await self._driver.ports(), now.port) if taken else None
         for key in taken:
@@ -308,12 +300,6 @@ class Pipeline:
             if now.serial is not None and port is not None:
                 self._tasks.note_identity(key, Identity(port.devid, now.serial))
         return attachment
-
-    async def _write_location(
-        self, claim: Claim, location: DeviceKey, import_from: Endpoint | None, *, attached: bool = False
-    ) -> Grant:
-        meta = LockMeta(str(claim.usb_id), None, claim.traceparent, in_place_of=claim.id, import_from=import_from)
-        return await self._locks.acquire(location, meta, claimed=True, attached=attached)
 
     async def detach_from_location(self, device_id: str) -> None:
         """Detaches the device from the claim's moved_to, releases the lock of that location (R5) and unsets moved_to.
@@ -325,30 +311,6 @@ class Pipeline:
             await self.detach(device_id)
             await self._locks.release(location)
             self._book.put(replace(self._book[device_id], moved_to=None))
-
-    async def _write_again(self, claim: Claim, import_from: Endpoint | None, *, attached: bool = False) -> Grant:
-        """Writes the claim's lock before a re-attach (R1), or for a device that is still attached (attached=True).
-
-        Only the lock of the location names the source port.
-
-        A lock that is of another boot is acquired as for an Allocate (R2, R3, R4). Raises LockLost if another node
-        holds it, or if the claim is Lost by now: the caller decides whether its lock may be acquired again. Raises
-        LockUnavailable if another boot of this node holds it (R3).
-        """
-        if claim.state is ClaimState.LOST:
-            raise LockLost(str(claim.key), self._holder(claim.id))
-        if claim.moved_to is not None:
-            import_from = None
-        if self.is_mine(claim.id):
-            return await self._locks.renew(claim.key, import_from)
-        meta = LockMeta(usb_id=str(claim.usb_id), traceparent=claim.traceparent, import_from=import_from)
-        try:
-            return await self._locks.acquire(claim.key, meta, claimed=True, attached=attached)
-        except LockHeld as held:
-            if held.holder == self._me.node:
-                cause = f"held by node {held.holder} {OTHER_BOOT}, and its server does not list it as free (rule R3)"
-                raise LockUnavailable(str(claim.key), cause) from held
-            raise LockLost(str(claim.key), held.holder) from held
 
     async def _attach(
         self,
@@ -429,7 +391,7 @@ class Pipeline:
     def _hand_out(self, device_id: str, attachment: Attachment) -> Attachment:
         """Writes the CDI spec, and then moves the claim to Attached: its subscribers find the spec up to date."""
         claim = self._book[device_id]
-        self._check_still_ours(claim)
+        self._claim_locks.check_still_ours(claim)
         first = claim.allocated_as or attachment
         claim = replace(claim, attachment=attachment, allocated_as=first, serial=attachment.serial or claim.serial)
         self._book.put(claim)
@@ -448,12 +410,12 @@ class Pipeline:
         until = min(grant.import_deadline, deadline)
         async for attempt in import_busy(self._clock, self._rng):
             with attempt:
-                self._check_window(key, grant)
+                self._claim_locks.check_window(key, grant)
                 left = max(0.0, until - self._clock.monotonic())
                 imported = await self._client.import_device(key, source=source, timeout=left)
                 try:
-                    self._check_still_ours(claim)
-                    self._check_window(key, grant)
+                    self._claim_locks.check_still_ours(claim)
+                    self._claim_locks.check_window(key, grant)
                 except LockError:
                     imported.close()
                     raise
@@ -463,7 +425,7 @@ class Pipeline:
     async def _enumerate(self, device_id: str, descriptor: Descriptor, port: int, timeout: float) -> Attachment:
         claim = self._book[device_id]
         try:
-            async with self._while_ours(claim):
+            async with self._claim_locks.while_ours(claim):
                 found = await self._driver.enumerate(
                     claim.location,
                     descriptor,
@@ -487,61 +449,17 @@ class Pipeline:
             raise NodesMissing(claim.location, lacking, kinds, claim.children_timeout)
         return replace(found, key=claim.key)
 
-    @contextlib.asynccontextmanager
-    async def _while_ours(self, claim: Claim) -> AsyncIterator[None]:
-        """Cancels the block as soon as a lock of this claim no longer names this node (R6).
-
-        Raises the errors of _check_still_ours. An enumeration may take minutes; a device must not be attached that long
-        without its lock.
-        """
-        self._check_still_ours(claim)
-        scope = asyncio.timeout(None)
-
-        def lock_changed(_change: LockChange) -> None:
-            if not (self.is_mine(claim.id) and self.is_mine(claim.location.id)) and not scope.expired():
-                scope.reschedule(asyncio.get_running_loop().time())
-
-        try:
-            async with scope:
-                unsubscribe = self._locks.subscribe(lock_changed)
-                try:
-                    yield
-                finally:
-                    unsubscribe()
-        except TimeoutError:
-            self._check_still_ours(claim)
-            raise LockLost(str(claim.key), self._holder(claim.id)) from None
-
-    def _check_window(self, key: DeviceKey, grant: Grant) -> None:
-        """Raises LockUnavailable if the import window is over: R1 then forbids an import and the use of its result."""
-        if not self._locks.rules.may_import(grant.import_deadline, self._clock.monotonic()):
-            raise LockUnavailable(str(key), "the import did not finish in time after the lock was written; try again")
-
-    def _check_still_ours(self, claim: Claim) -> None:
-        """Raises LockLost, LockHeld or LockUnavailable if a lock of this claim no longer names this node (R6).
-
-        Called before and after the device is touched, because the watch may have seen a change meanwhile.
-        """
-        now = self._book.get(claim.id)
-        # if the claim is Lost, another node had the lock in between, even if the lock names this node again
-        if not self.is_mine(claim.id) or (now is not None and now.state is ClaimState.LOST):
-            raise LockLost(str(claim.key), self._holder(claim.id))
-        if not self.is_mine(claim.location.id):
-            if holder := self._holder(claim.location.id):
-                raise LockHeld(str(claim.location), holder)
-            raise LockUnavailable(str(claim.location), "the lock was released during the attach; try again")
-
-    def _holder(self, device_id: str) -> str:
-        lock = self._locks.locks.get(device_id)
-        return lock.holder if lock is not None else ""
-
     async def detach(self, device_id: str) -> None:
         """Frees the claim's port if, and only if, it still carries the claim's device. Removes its record in any case.
 
         Raises VhciError.
         """
         claim = self._book[device_id]
-        if claim.port is None and claim.state is not ClaimState.LOST and not self.is_mine(claim.location.id):
+        if (
+            claim.port is None
+            and claim.state is not ClaimState.LOST
+            and not self._claim_locks.is_mine(claim.location.id)
+        ):
             return
         ports = await self._driver.ports()
         # without a port number in the claim, only a cancelled attach can have left a port. Its device may identify
@@ -566,11 +484,6 @@ class Pipeline:
         if now is None or (now.nodes[0], now.usb_id) != (claim.attachment.nodes[0], claim.attachment.usb_id):
             return None
         return replace(now, key=claim.key)
-
-    def is_mine(self, device_id: str) -> bool:
-        """Returns whether the lock, as last seen, names this boot of this node (R3)."""
-        lock = self._locks.locks.get(device_id)
-        return lock is not None and (lock.holder, lock.boot_id) == (self._me.node, self._me.boot_id)
 
     async def probe(self, key: DeviceKey, descriptor: Descriptor) -> Identity:
         """Reads a device's serial number and interfaces in user space, under its lock (R1).

@@ -18,6 +18,7 @@ from tests.rigs.known_resources import KnownResources
 from tests.rigs.tasks import virtual_with
 from tests.rigs.vocabulary import KEY, ME, STICK, descriptor
 from usbip_plugin.attach.cdi import CdiSpecs
+from usbip_plugin.attach.claim_locks import ClaimLocks
 from usbip_plugin.attach.events import DeviceEvent
 from usbip_plugin.attach.pipeline import Pipeline, Progress
 from usbip_plugin.attach.tasks import DeviceTasks
@@ -274,6 +275,7 @@ class Rig:
     specs: MemorySpecs
     sockets: SocketTable
     pipeline: Pipeline
+    claim_locks: ClaimLocks
     tasks: ScriptedTasks
     events: list[DeviceEvent]
     flaws: list[tuple[ServerKey, ServerFlaw]]
@@ -364,7 +366,23 @@ async def rig() -> AsyncIterator[Rig]:
         on_step=lambda _name, _seconds: None,
         on_flaw=lambda server, flaw: flaws.append((server, flaw)),
     )
-    yield Rig(script, clock, locks, client, kernel, driver, files, sockets, pipeline, tasks, events, flaws, resources)
+    claim_locks = ClaimLocks(context, cast("LockManager", locks), tasks.book)
+    yield Rig(
+        script,
+        clock,
+        locks,
+        client,
+        kernel,
+        driver,
+        files,
+        sockets,
+        pipeline,
+        claim_locks,
+        tasks,
+        events,
+        flaws,
+        resources,
+    )
     taken = [port for port in kernel.ports() if port.status is not PortStatus.NULL]
     assert len(sockets) == len(taken), "a socket was not closed"
     assert client.open == 0, "a source port was not closed"

@@ -614,7 +614,8 @@ async def test_a_device_that_lost_only_its_lock_stays_attached_under_a_new_one(r
 async def test_a_lock_of_another_boot_does_not_name_this_node(r: Rig) -> None:
     await r.attach()
     r.locks.hold(KEY, "node-a", "boot-0")
-    assert not r.pipeline.is_mine(KEY.id)
+    with pytest.raises(LockLost):
+        r.claim_locks.check_still_ours(r.claim)
 
 
 # re-attach
