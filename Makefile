@@ -182,11 +182,10 @@ newest: ## the tests without constraints.txt: with the newest versions that pypr
 
 test-python: ## unit, contract and protocol tests with PYTHON=3.13 or PYTHON=/path/to/python, in an environment of its own
 	@set -e; wanted=$(PYTHON); unset PYTHON; python=; \
-	for one in "$$wanted" "python$$wanted" "$$HOME/.pyenv/versions/$$wanted".*/bin/python; do \
+	[ -z "$$wanted" ] || for one in "$$wanted" "python$$wanted" "$$HOME/.pyenv/versions/$$wanted".*/bin/python; do \
 		"$$one" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && python=$$one && break; \
 	done; \
-	[ -n "$$wanted" ] && [ -n "$$python" ] || \
-		{ echo "no Python '$$wanted' >= 3.11 found; name one with: make test-python PYTHON=/path/to/python" >&2; exit 75; }; \
+	[ -n "$$python" ] || python=$$(tests/lab/python/fetch.sh "$$wanted"); \
 	new=$$(mktemp -d); trap 'rm -rf "$$new"' EXIT; "$$python" -m venv "$$new"; \
 	"$$new/bin/python" -m pip --disable-pip-version-check --quiet install -c constraints.txt -e '.[test]'; \
 	"$$new/bin/python" -m pytest -q -p no:cacheprovider tests/unit tests/contract tests/protocol $(ARGS)

@@ -124,6 +124,7 @@ packages() {
     systemd                                                 # units
     busybox-static iproute2 iptables jq libseccomp-dev pkg-config procps # Kubernetes nodes
     buildah docker.io mmdebstrap qemu-user-static           # images and kind
+    patchelf                                                # other Pythons
   )
   for package in "${packages[@]}"; do
     dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || wanted+=("$package")
