@@ -101,9 +101,13 @@ def api_server(bench: Bench, counts: Counts) -> None:
 
 def real_kernel(bench: Bench, counts: Counts) -> None:
     """Measures on this machine's vhci_hcd, with a real usbipd."""
-    from bench import bench_kernel
+    from bench import bench_kernel, bench_network
 
     bench.measure(bench_kernel.kernel(counts.kernel))
+    try:
+        bench.measure(bench_network.network(counts.kernel))
+    except bench_network.NoDelay as error:
+        bench.skip("latency and bandwidth over a network", str(error))
 
 
 def main() -> int:

@@ -261,7 +261,7 @@ async def test_nodes_lists_the_plugin_and_devices_of_each_node(cluster: Cluster,
     assert node.split() == ["node-a", "ready", "0.1.0", "-", "2", "1", "usbip-plugin-x"]
     assert (ran.status, ran.err.startswith("1 of 1 status pages cannot be read: ")) == (Exit.DONE, True)
     page = f"/api/v1/namespaces/{NAMESPACE}/pods/http:usbip-plugin-x:13240/proxy/api/status"
-    cluster.api.objects[page] = {"devices": [{"reason_code": "no_driver"}], "not_ready": ["vhci_hcd is not loaded"]}
+    cluster.api.objects[page] = {"driver": {"module": "missing"}, "not_ready": ["vhci_hcd is not loaded"]}
     ran = await terminal.run("nodes", "-o", "json")
     assert (ran.err, json.loads(ran.out)) == (
         "",

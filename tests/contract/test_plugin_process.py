@@ -98,7 +98,7 @@ def test_a_process_allocates_a_device_and_leaves_it_attached_for_its_successor(
         assert (locks["read"], locks["reachable"], locks["held"], locks["known"]) == (True, True, 1, 1)
         assert locks["heartbeat"] >= 0
         assert (status["node"], status["not_ready"], status["not_alive"]) == ("node-a", [], [])
-        assert status["driver"]["error"] is None
+        assert (status["driver"]["error"], status["driver"]["module"]) == (None, "loaded")
         assert [(one["reason"], one["about"]) for one in status["events"]] == [("DeviceAttached", "default/reader")]
         cluster = await node.get_json("/api/cluster")
         (row,) = cluster["devices"]

@@ -10,7 +10,7 @@ from usbip_plugin.cli.sources import NodeReading, PluginPod
 from usbip_plugin.cli.survey import Survey
 from usbip_plugin.cli.tables import Columns, Row
 from usbip_plugin.locks.locked_devices import LockedDevice
-from usbip_plugin.model import Reason, ServerKey
+from usbip_plugin.model import ServerKey
 
 NODE_COLUMNS = Columns(
     table=("node", "state", "version", "module", "offered", "held", "plugin"),
@@ -63,7 +63,7 @@ def _node_row(
         "node": name,
         "state": "no plugin" if pod is None else "ready" if pod.ready else "not ready",
         "version": (pod.version or None) if pod is not None else None,
-        "module": module_of(page),
+        "module": _module(page),
         "offered": sum(node.allocatable.values()) if node is not None else None,
         "held": held,
         "plugin": pod.name if pod is not None else None,
@@ -73,17 +73,10 @@ def _node_row(
     }
 
 
-def module_of(page: Mapping[str, Any] | None) -> str | None:
-    """Returns "loaded", "missing" or "unusable" for vhci_hcd by a node's /api/status; None if that does not show it."""
-    if page is None:
-        return None
-    if "driver" in page:
-        error = mapping(page["driver"]).get("error")
-        return "loaded" if error is None else "missing" if "not loaded" in str(error) else "unusable"
-    codes = {mapping(device).get("reason_code") for device in items(page.get("devices"))}
-    if Reason.NO_DRIVER.code in codes:
-        return "missing"
-    return "loaded" if codes else None
+def _module(page: Mapping[str, Any] | None) -> str | None:
+    """Returns the state of vhci_hcd by a node's /api/status: "loaded", "missing" or "unusable"; None without a page."""
+    module = mapping(page.get("driver")).get("module") if page is not None else None
+    return None if module is None else str(module)
 
 
 def server_rows(survey: Survey) -> list[Row]:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 from usbip_plugin.context import NodeContext
-from usbip_plugin.errors import VhciError
+from usbip_plugin.errors import DriverMissing, KernelUnsupported, VhciError
 from usbip_plugin.inventory.health import API_GRACE
 from usbip_plugin.inventory.snapshot import ApiStatus, PortSummary
 from usbip_plugin.locks.manager import LockManager
@@ -20,6 +20,12 @@ PORTS_INTERVAL = 30.0
 """Seconds between two counts of the free ports when no uevent arrives."""
 GRACE_MARGIN = 0.01
 """Seconds added to the wait for the end of API_GRACE, because a timer may fire a rounding error early."""
+
+
+def unusable(error: VhciError) -> PortSummary:
+    """Returns the summary of a driver whose ports cannot be read."""
+    is_missing = isinstance(error, DriverMissing) and not isinstance(error, KernelUnsupported)
+    return PortSummary(str(error), 0, 0, module="missing" if is_missing else "unusable")
 
 
 class Conditions:
@@ -77,7 +83,7 @@ class Conditions:
         try:
             ports = await self._driver.ports()
         except VhciError as error:
-            return PortSummary(str(error), 0, 0)
+            return unusable(error)
         free = [port.hub for port in ports if port.status is PortStatus.NULL]
         used = [port.hub for port in ports if port.status is not PortStatus.NULL]
         return PortSummary(None, free.count("hs"), free.count("ss"), used.count("hs"), used.count("ss"))

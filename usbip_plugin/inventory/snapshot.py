@@ -43,6 +43,7 @@ class PortSummary:
 
     error: why the driver cannot attach devices; None while it can.
     free_hs, free_ss, used_hs, used_ss: free and used ports of the high-speed (hs) and SuperSpeed (ss) hubs.
+    module: for programs: "loaded", "missing", or "unusable" if another error keeps it from attaching devices.
     """
 
     error: str | None = None
@@ -50,6 +51,7 @@ class PortSummary:
     free_ss: int = 1
     used_hs: int = 0
     used_ss: int = 0
+    module: str = "loaded"
 
     def has_same_obstacles(self, other: PortSummary) -> bool:
         """Returns whether the same devices can be attached in both states, however many ports are free."""

@@ -77,7 +77,9 @@ def status_of(
         ),
         locks=_locks(agent, monotonic),
         config=config,
-        driver=DriverReport(ports.error, ports.used_hs, ports.free_hs, ports.used_ss, ports.free_ss),
+        driver=DriverReport(
+            ports.error, ports.used_hs, ports.free_hs, ports.used_ss, ports.free_ss, module=ports.module
+        ),
         events=tuple(
             EventRow(_moment(one.at), one.text.type, one.text.reason, one.text.note, str(one.pod) if one.pod else None)
             for one in reversed(events)

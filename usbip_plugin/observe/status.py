@@ -119,6 +119,7 @@ class EventRow:
 class DriverReport:
     """vhci_hcd of this node. error: why it cannot attach devices; None while it can.
 
+    module: for programs: "loaded", "missing", or "unusable" if another error keeps it from attaching devices.
     used_hs, free_hs, used_ss, free_ss: ports of the high-speed (hs) and SuperSpeed (ss) hubs.
     """
 
@@ -127,6 +128,7 @@ class DriverReport:
     free_hs: int = 0
     used_ss: int = 0
     free_ss: int = 0
+    module: str = "loaded"
 
 
 @dataclass(frozen=True, slots=True)

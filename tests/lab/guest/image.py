@@ -22,7 +22,7 @@ MODULES = (
     *("usbip-core", "usbip-host", "vhci-hcd", "usbip-vudc"),
     *("dummy_hcd", "libcomposite", "usb_f_acm", "usb_f_mass_storage", "usb_f_hid", "usb_f_printer", "usb_f_ecm"),
     *("usblp", "cdc_ether", "snd-usb-audio"),
-    *("loop", "veth", "bridge", "dummy", "ext4", "vfat", "fuse", "tls"),
+    *("loop", "veth", "bridge", "dummy", "sch_netem", "ext4", "vfat", "fuse", "tls"),
     # libcrc32c requests crc32c by its crypto alias, not as a dependency
     *("nf_tables", "nft_compat", "nft_chain_nat", "xt_nat", "xt_MASQUERADE", "xt_tcpudp", "crc32c_generic"),
 )
