@@ -372,10 +372,10 @@ class Watch:
         if agent is None:
             return
         used = node.kubelet.in_use()
-        quiet = self.quiet(node)
+        quiet, may_be_used = self.quiet(node), _has_unlisted_pod(node)
         limit = UNUSED_CLAIM_S + self.cluster.spec.config.allocate_timeout
         for claim in agent.claims.view.values():
-            bad = quiet and claim.id not in used
+            bad = quiet and claim.id not in used and not (claim.resource is None and may_be_used)
             if self._for_long(bad, now, limit / node.clock.rate, "claim", node.name, claim.id):
                 raise Violation("no claim without a pod", f"{node.name}: {claim.key} is {claim.state.value}")
 
@@ -545,3 +545,16 @@ class Watch:
         link = self.cluster.network.link(node.name, server)
         known = self.cluster.servers[server]
         return known.running and not known.frozen and link.passable and not link.slow
+
+
+def _has_unlisted_pod(node: ClusterNode) -> bool:
+    """Returns whether the node has a pod of a resource without the device.
+
+    The kubelet ignores a resource that it does not know. To the plugin, the pod looks like one that is not listed yet.
+    """
+    return any(
+        (pod, container.name, resource) not in node.kubelet.manager.checkpoint
+        for pod, containers in node.kubelet.active.items()
+        for container in containers
+        for resource in container.limits
+    )
