@@ -45,6 +45,12 @@ async def make_pod(
     return PodRef(made["namespace"], made["name"], made["uid"])
 
 
+async def delete_pod(admin: KubeClient, pod: PodRef) -> None:
+    body = {"apiVersion": "v1", "kind": "DeleteOptions", "gracePeriodSeconds": 0}
+    path = f"/api/v1/namespaces/{pod.namespace}/pods/{pod.name}"
+    await admin.request("delete", path, resource="pods", body=body)
+
+
 async def allocatable(admin: KubeClient, node: str, resource: str) -> str | None:
     """Returns the count of a resource, named with its domain, in the Node's status; None if it is not there."""
     found = await admin.request("get", f"/api/v1/nodes/{node}", resource="nodes")

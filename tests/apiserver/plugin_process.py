@@ -16,11 +16,17 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import grpc
+import grpc.aio
+
 from tests.apiserver.command_line import PLUGIN
 from tests.apiserver.node_tokens import NAMESPACE
-from tests.apiserver.objects import PODS, POLL_S, configuration, make_pod
+from tests.apiserver.objects import POLL_S, configuration, delete_pod, make_pod
 from usbip_plugin.kube.client import KubeClient
+from usbip_plugin.kubelet import deviceplugin_pb2 as pb
+from usbip_plugin.kubelet.deviceplugin_pb2_grpc import DevicePluginStub
 from usbip_plugin.model import DeviceKey, PodRef, UsbId
+from usbip_sim.kubelet.device_manager import AdmissionError
 from usbip_sim.kubelet.kubelet import FakeKubelet
 from usbip_sim.server.server import VirtualServer
 from usbip_sim.server.usbdevice import VirtualDevice
@@ -32,6 +38,16 @@ MOST_END = 5
 NODE = "node-p"
 RESOURCE = "usbip.dev/stick"
 STICK = UsbId(0x0951, 0x1666)
+BUSID = "1-1"
+BOOTED = """
+import sys
+from usbip_plugin.cli.main import main
+from usbip_plugin.node import daemon
+boot_id = sys.argv.pop(1)
+daemon.boot_id = lambda: boot_id
+sys.exit(main())
+"""
+"""The plugin as a program that takes the kernel's boot id as its first argument: another machine."""
 
 
 @dataclass
@@ -60,10 +76,28 @@ class PluginProcess:
                 await asyncio.sleep(POLL_S)
         return pod
 
+    async def allocate(self, pod: PodRef) -> str:
+        """Admits a pod with the device. Returns the kubelet's or the plugin's error, "" if the pod has the device."""
+        try:
+            await self.kubelet.admit(pod, {RESOURCE: 1})
+        except AdmissionError as error:
+            return str(error)
+        return ""
+
+    async def allocate_past_the_kubelet(self) -> str:
+        """Calls Allocate as a kubelet with an old list does. Returns the plugin's error, "" if there is none."""
+        (socket,) = self.kubelet.directory.glob("usbip-*.sock")
+        request = pb.AllocateRequest(container_requests=[pb.ContainerAllocateRequest(devices_ids=[self.device.id])])
+        async with grpc.aio.insecure_channel(f"unix:{socket}") as channel:
+            try:
+                await DevicePluginStub(channel).Allocate(request, timeout=PATIENCE_S)
+            except grpc.aio.AioRpcError as error:
+                return error.details() or ""
+        return ""
+
     async def end_pod(self, admin: KubeClient, pod: PodRef) -> None:
         self.kubelet.end(pod)
-        body = {"apiVersion": "v1", "kind": "DeleteOptions", "gracePeriodSeconds": 0}
-        await admin.request("delete", f"{PODS}/{pod.name}", resource="pods", body=body)
+        await delete_pod(admin, pod)
 
     async def get(self, path: str) -> tuple[int, str]:
         def request() -> tuple[int, str]:
@@ -132,25 +166,47 @@ async def kernel(socket: Path) -> AsyncIterator[str]:
 
 
 @contextlib.asynccontextmanager
+async def usbip_server() -> AsyncIterator[VirtualServer]:
+    """Yields a USB/IP server with one STICK."""
+    server = VirtualServer([VirtualDevice(BUSID, STICK, configured=True)])
+    await server.start()
+    try:
+        yield server
+    finally:
+        await server.stop()
+
+
+@contextlib.asynccontextmanager
 async def plugin(
-    kubeconfig: str, port: int, *flags: str, simulated: bool = False, **environ: str
+    kubeconfig: str,
+    port: int,
+    *flags: str,
+    simulated: bool = False,
+    server: VirtualServer | None = None,
+    boot_id: str | None = None,
+    **environ: str,
 ) -> AsyncIterator[PluginProcess]:
-    """Yields a plugin on NODE with its HTTP port. flags: more flags. simulated: with a simulated vhci_hcd."""
+    """Yields a plugin on NODE with its HTTP port.
+
+    flags: more flags.
+    simulated: with a simulated vhci_hcd.
+    server: with the STICK; None for one of its own.
+    boot_id: of the plugin's machine; None for that of this machine.
+    """
     with tempfile.TemporaryDirectory(prefix="usbip-") as name:
         home = Path(name)
         (home / "plugins").mkdir()
         config = home / "config.yaml"
         async with contextlib.AsyncExitStack() as stack:
-            server = VirtualServer([VirtualDevice("1-1", STICK, configured=True)])
-            await server.start()
-            stack.push_async_callback(server.stop)
+            server = server or await stack.enter_async_context(usbip_server())
             selector = {"vendor": f"{STICK.vendor:04x}", "product": f"{STICK.product:04x}"}
             config.write_text(configuration(stick=[(server.key, selector)]))
             kubelet = await stack.enter_async_context(FakeKubelet(home / "plugins", home / "pods.sock"))
             if simulated:
                 flags += ("--simulated-kernel", await stack.enter_async_context(kernel(home / "kernel.sock")))
             process = await asyncio.create_subprocess_exec(
-                *(*PLUGIN, "run"),
+                *(PLUGIN if boot_id is None else (sys.executable, "-c", BOOTED, boot_id)),
+                "run",
                 *("--kubeconfig", kubeconfig, "--namespace", NAMESPACE, "--node-name", NODE),
                 *("--config", str(config), "--plugin-directory", str(home / "plugins")),
                 *("--pod-resources-socket", str(home / "pods.sock"), "--listen", f"127.0.0.1:{port}"),
@@ -160,7 +216,7 @@ async def plugin(
                 env=os.environ | {"PYTHONUNBUFFERED": "1"} | environ,
             )
             try:
-                device = DeviceKey(server.key, "1-1")
+                device = DeviceKey(server.key, BUSID)
                 yield PluginProcess(process, kubelet, config, f"http://127.0.0.1:{port}", device)
             finally:
                 if process.returncode is None:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from tests.simulation.play import Wrong, patched
-from usbip_plugin.attach import adopt, attacher
+from usbip_plugin.attach import attacher
 from usbip_plugin.attach.claim_locks import ClaimLocks
 from usbip_plugin.attach.release import Releaser
 from usbip_plugin.attach.tasks import DeviceTasks
@@ -28,7 +28,7 @@ from usbip_plugin.locks import manager, protocol
 from usbip_plugin.locks.manager import Grant, LockManager
 from usbip_plugin.locks.protocol import LockStatus
 from usbip_plugin.locks.record import IMPORT_FROM
-from usbip_plugin.model import Descriptor, DeviceKey, Endpoint, Lock
+from usbip_plugin.model import Descriptor, DeviceKey, Endpoint, Lock, NodeIdentity
 from usbip_plugin.usbip import client
 from usbip_plugin.usbip.poller import ExportState, ServerPoller
 from usbip_plugin.vhci.driver import PortState
@@ -108,9 +108,10 @@ async def release_for_all(self: LockManager, key: DeviceKey, *, failed: bool | N
     await release(self, key, failed=failed)
 
 
-def by_its_boot(lock: Lock, boot_id: str | None, _epoch: int) -> bool:
+def by_its_boot(old: Lock | None, new: Lock, me: NodeIdentity, *, listed: bool) -> bool:
     """Takes what a restore of etcd brought back for the lock of a living machine."""
-    return lock.boot_id == boot_id
+    del listed
+    return old is not None and new.holder == me.node and new.boot_id != me.boot_id
 
 
 def as_if_unavailable(device: str) -> LockUnavailable:
@@ -147,7 +148,7 @@ PAST: Mapping[str, Wrong] = {
     "an-attachment-without-lock-and-pod": patched(SimulatedVhci, "ports", records_of_the_tool),
     "a-lower-count-that-is-left-to-the-kubelet": patched(NodeStatusPublisher, "_lowers", below_what_was_written),
     "a-lock-of-a-bus-id-that-is-not-used-again": patched(ServerPoller, "export_state", only_a_list_with_it_counts),
-    "a-lock-that-a-restore-brings-back": patched(adopt, "is_taken_back", by_its_boot),
+    "a-lock-that-a-restore-brings-back": patched(protocol, "shows_twin", by_its_boot),
     "a-probe-of-what-an-earlier-boot-had": patched(probe, "needs_probe", also_of_an_earlier_boot),
     "a-released-lock-of-a-place": patched(manager, "LockReleased", as_if_unavailable),
     "a-device-that-a-dead-import-has": patched(LockManager, "release", release_for_all),

@@ -55,14 +55,6 @@ def decide_adoption(
     return Adoption.RELEASE if used is False else Adoption.REATTACH
 
 
-def is_taken_back(lock: Lock, boot_id: str | None, epoch: int) -> bool:
-    """Returns whether the machine with another boot has taken its lock again since this node released it in that epoch.
-
-    What a restore of etcd brings back is the lock that was released, or an older one.
-    """
-    return lock.boot_id == boot_id and lock.epoch > epoch
-
-
 def _without_lease(key: DeviceKey) -> Lock:
     """Returns a lock that nobody holds, for an attached device whose Lease was deleted."""
     return Lock(key.id, "", 0, 0.0, "", key=key)
@@ -91,8 +83,6 @@ class Adopter:
         self._tasks = tasks
         self._releaser = releaser
         self._monitor = monitor
-        self._left: dict[str, tuple[str | None, int]] = {}
-        """By device ID: the other boot whose lock this process has released last, and the epoch of that lock."""
         self._recorded: dict[DeviceKey, None] = {}
         """The devices whose port records the previous process left. Their servers may no longer be configured."""
 
@@ -223,18 +213,14 @@ class Adopter:
         """Releases the lock of a device that another boot had, if the server answers (R3).
 
         There is no claim on the device meanwhile, so that no Allocate waits for it. The next adopt() tries again.
-        A machine that takes its lock back is alive, and keeps it.
         """
         async with self._tasks.mutex(claim.id):
             lock = self._locks.locks.get(claim.id)
             if lock is None or lock.boot_id == self._me.boot_id or self._tasks.book.in_use(claim.id):
                 return
-            if (left := self._left.get(claim.id)) is not None and is_taken_back(lock, *left):
-                return
             with contextlib.suppress(LockError, CdiError):
                 self._specs.remove(claim)
                 await self._locks.release(claim.key)
-                self._left[claim.id] = (lock.boot_id, lock.epoch)
                 log.info(
                     "device released", extra={"device": str(claim.key), "pod": str(lock.pod) if lock.pod else None}
                 )

@@ -153,6 +153,8 @@ def _claim_health(claim: Claim, snapshot: Snapshot) -> Health:
     match claim.state:
         case ClaimState.RELEASING if lock is not None and lock.holder not in ("", snapshot.me):
             return Health(Reason.HELD_ELSEWHERE, _held_by(lock))
+        case ClaimState.RELEASING if snapshot.lock_statuses.get(claim.id) is LockStatus.OTHER_BOOT and lock is not None:
+            return Health(Reason.HELD_ELSEWHERE, f"{_held_by(lock)} {OTHER_BOOT}")
         case ClaimState.RELEASING if snapshot.api.unreachable_for is not None:
             # the device is available again only after its lock has been released, and that may take a while
             return Health(Reason.API_UNREACHABLE, snapshot.api.error)

@@ -126,6 +126,8 @@ class LockManager:
         self._device_locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         self._mine: set[str] = set()
         self._tenures: dict[str, Tenure] = {}  # by device ID: the last hold by this boot
+        self._twins: set[str] = set()  # boot IDs of other machines of this node's name, seen to be alive
+        self._twin_wrote: dict[str, float] = {}  # by device ID: when another boot of this node was last seen to write
         self._taking = 0
         # By device ID: the epoch that an acquire() may have begun before it was given up.
         self._abandoned: dict[str, tuple[DeviceKey, int]] = {}
@@ -166,10 +168,12 @@ class LockManager:
     def mine(self) -> tuple[Lock, ...]:
         """Returns the locks that name this node, also under an earlier boot, in the order of their IDs.
 
-        Leaves out locks that run() is releasing because their acquire() was given up before the write took effect.
+        Leaves out locks that run() is releasing because their acquire() was given up before the write took effect, and
+        those of another machine of this node's name that was seen to be alive.
         """
         orphans = {device_id for device_id in self._abandoned if self._orphan(device_id) is not None}
-        return tuple(self.locks[device_id] for device_id in sorted(self._mine - orphans))
+        named = (self.locks[device_id] for device_id in sorted(self._mine - orphans))
+        return tuple(lock for lock in named if lock.boot_id not in self._twins)
 
     def lock_status(self, device_id: str) -> LockStatus:
         """Returns the lock's status as this node sees it. EXPIRED only while `expiry` has the device as importable."""
@@ -216,9 +220,12 @@ class LockManager:
             if claimed and lease is not None and protocol.released_by_hand(lease):
                 return Denied(lease)
             left = protocol.is_left(lease, self._me)
-            importable = attached if left else self.expiry.importable(key.id)
+            other_boot = protocol.of_another_boot(lease, self._me)
+            # an import under that write may not have begun yet (R1)
+            pending = other_boot and self._twin_may_import(key.id)
+            importable = attached if left else self.expiry.importable(key.id) and not pending
             observation = self.expiry.observation(key.id)
-            ask = (left and not attached) or protocol.of_another_boot(lease, self._me)
+            ask = (left and not attached) or (other_boot and not pending)
             if lease is not None and observation is not None and protocol.may_take_over(lease, observation):
                 observation = await self.expiry.confirm(lease)
                 # ask only after the expiry: by then every import under an earlier write has ended
@@ -304,7 +311,8 @@ class LockManager:
         """Clears the holder if it is this node. Does nothing if another node holds the lock.
 
         The caller must have freed the port (R5). Raises LockUnavailable if the API server does not answer or refuses,
-        LockHeld if another boot of this node holds the lock and the server's answer does not let it go (R3).
+        LockHeld if another boot of this node holds the lock, and was seen to be alive or the server's answer does not
+        let the lock go (R3).
 
         failed: whether the Allocate failed because of the device, which is recorded; None to leave the record.
         left: whether the server may still export the device to a dead connection of this node. Then the lock keeps the
@@ -364,7 +372,7 @@ class LockManager:
         return self._device_locks.setdefault(device_id, asyncio.Lock())
 
     def _update_session(self) -> None:
-        self.session.need(bool(self._mine) or self._taking > 0)
+        self.session.need(bool(self.mine()) or self._taking > 0)
 
     def _changed(self, change: LockChange) -> None:
         if change.new is not None and change.new.holder == self._me.node:
@@ -372,12 +380,28 @@ class LockManager:
             lease = self._view.lease(change.device_id)
             if lease is not None and protocol.is_mine(lease, self._me):
                 self._tenures[change.device_id] = Tenure(lease.uid, record.epoch_of(lease))
+            else:
+                self._note_twin(change, change.new)
             self._check_orphan(change.device_id)
         else:
             self._mine.discard(change.device_id)
+            self._twin_wrote.pop(change.device_id, None)
         self._update_session()
         self.expiry.lock_changed(change.device_id)
         self._notify(change)
+
+    def _note_twin(self, change: LockChange, lock: Lock) -> None:
+        if not change.listed:
+            self._twin_wrote[change.device_id] = self._clock.monotonic()
+        if not protocol.shows_twin(change.old, lock, self._me, listed=change.listed) or lock.boot_id in self._twins:
+            return
+        self._twins.add(str(lock.boot_id))
+        extra = {"node": self._me.node, "boot": lock.boot_id, "own_boot": self._me.boot_id}
+        logger.error("another machine has this node's name", extra=extra)
+
+    def _twin_may_import(self, device_id: str) -> bool:
+        wrote = self._twin_wrote.get(device_id)
+        return wrote is not None and self._clock.monotonic() < wrote + self.settings.import_window
 
     def _status_changed(self, device_id: str) -> None:
         lock = self.locks.get(device_id)
@@ -437,7 +461,8 @@ class LockManager:
 
     async def _decide_release(self, key: DeviceKey, lease: Lease | None, write: Write) -> Decision:
         evident = False
-        if protocol.of_another_boot(lease, self._me) and self._export_state is not None:
+        alive = lease is not None and lease.annotations.get(record.BOOT_ID) in self._twins
+        if protocol.of_another_boot(lease, self._me) and not alive and self._export_state is not None:
             evident = await self._export_state(key) in (ExportState.FREE, ExportState.UNLISTED)
         return self.rules.decide_release(lease, write, evident)
 

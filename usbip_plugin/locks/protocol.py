@@ -2,7 +2,8 @@
 
 R1 Write before touch: within the import window before an import, a compare-and-swap write on the lock has succeeded.
 R2 Free: no object, or an empty holder.
-R3 Mine: by node and by boot. Another boot of this node: only if the server, asked then, lists the device as free.
+R3 Mine: by node and by boot. Another boot of this node: only if the server, asked then, lists the device as free, and
+   no machine with this boot was seen to write the lock within an import window.
    Such a lock that nobody needs is left: it has no holder, but keeps its boot, and the next taker asks the server.
 R4 Expired: unchanged for a whole duration, and after that the server, asked again, lists the device as free.
    The list of a server that was seen to list devices in use shows nothing.
@@ -244,6 +245,17 @@ def of_another_boot(lease: Lease | None, me: NodeIdentity) -> bool:
     Usually that is the kernel before a reboot. It can also be another machine, which is cut off but alive.
     """
     return lease is not None and lease.holder == me.node and not is_mine(lease, me)
+
+
+def shows_twin(old: Lock | None, new: Lock, me: NodeIdentity, *, listed: bool) -> bool:
+    """Returns whether a change of a lock shows that another machine of this node's name is alive (R3).
+
+    The kernel before a reboot takes no lock any more. A restore of etcd may bring back the lock that it had, but in no
+    later epoch, and only by a list.
+    """
+    if new.holder != me.node or new.boot_id in (None, me.boot_id):
+        return False
+    return not listed if old is None else new.epoch > old.epoch
 
 
 @dataclass(frozen=True, slots=True)

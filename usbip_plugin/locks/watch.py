@@ -126,11 +126,13 @@ class LockChange:
 
     old, new: the lock before and after; None if there is no such Lease. Equal if only the lock's status changed: it
     expired, or no longer counts as expired.
+    listed: whether a list has brought it, which may show what a restore of etcd has set back.
     """
 
     device_id: str
     old: Lock | None
     new: Lock | None
+    listed: bool = False
 
     @property
     def former(self) -> str:
@@ -271,7 +273,7 @@ class LockCache:
             else:
                 self._ahead.pop(device_id, None)
                 self.doubtful.discard(device_id)
-            self._report(device_id, before)
+            self._report(device_id, before, listed=True)
         self.ignored = self._listing.ignored
         for device_id, call in self._calls.items():
             call.passed.append(self._shown.get(device_id))
@@ -298,7 +300,7 @@ class LockCache:
             self._shown[device_id] = lease
         return lease
 
-    def _report(self, device_id: str, before: Lease | None) -> None:
+    def _report(self, device_id: str, before: Lease | None, *, listed: bool = False) -> None:
         lease = self.lease(device_id)
         if lease == before:
             return
@@ -307,7 +309,7 @@ class LockCache:
             self._locks[device_id] = record.lock_of(lease)
         else:
             del self._locks[device_id]
-        self._on_change(LockChange(device_id, old, self._locks.get(device_id)))
+        self._on_change(LockChange(device_id, old, self._locks.get(device_id), listed))
 
 
 def _version_of(lease: Lease | None) -> str | None:

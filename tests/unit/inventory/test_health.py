@@ -79,6 +79,11 @@ def health_of(now: Snapshot) -> Health:
             "1050",
         ),
         (snapshot(**claim(ClaimState.RELEASING) | held("node-b")), Reason.HELD_ELSEWHERE, "node-b"),
+        (
+            snapshot(**claim(ClaimState.RELEASING) | held("node-a", LockStatus.OTHER_BOOT)),
+            Reason.HELD_ELSEWHERE,
+            "held by node node-a under another boot id",
+        ),
         (snapshot(api=ApiStatus(API_GRACE, "gone")), Reason.API_UNREACHABLE, "gone"),
         (snapshot(api=ApiStatus(API_GRACE - 1, "gone")), Reason.FREE, ""),
         (snapshot(driver=PortSummary("not loaded", 0, 0)), Reason.NO_DRIVER, "not loaded"),

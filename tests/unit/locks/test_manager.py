@@ -14,7 +14,7 @@ from usbip_plugin.locks.manager import LockSettings
 from usbip_plugin.locks.protocol import LockMeta, LockStatus
 from usbip_plugin.locks.session import BEAT_FRACTION, EXPIRED_BEATS, UNPROVEN_DURATIONS
 from usbip_plugin.locks.watch import ApiState
-from usbip_plugin.model import UNKNOWN_IDENTITY, Identity, InterfaceClass
+from usbip_plugin.model import UNKNOWN_IDENTITY, DeviceKey, Identity, InterfaceClass
 from usbip_plugin.usbip.poller import ExportState
 from usbip_sim.leases import FINE, Fate, Lost, Operation
 
@@ -338,6 +338,41 @@ async def test_a_machine_takes_the_lock_again_that_was_left_under_its_boot(w: Wo
     await until(lambda: before.manager.locks[KEY.id].holder == "", before)
     before.export_state = ExportState.UNLISTED  # it has the device itself
     assert (await before.manager.acquire(KEY)).epoch == 2
+
+
+@on_world
+async def test_one_of_two_machines_of_a_name_takes_a_lock_and_the_other_waits_for_its_import_window(w: World) -> None:
+    for number in range(20):
+        key = DeviceKey(KEY.server, f"7-{number}")
+        machines = [await w.node("a", boot=boot) for boot in ("boot-1", "boot-2")]
+        for one in machines:
+            one.export_state = ExportState.FREE  # the winner has not imported it yet
+        if number % 2:  # the lock was held before
+            await machines[0].manager.acquire(key)
+            await machines[0].manager.release(key)
+            await until(lambda other=machines[1], key=key: key.id in other.manager.locks, machines[1])
+        results = await asyncio.gather(*(one.manager.acquire(key) for one in machines), return_exceptions=True)
+        assert [isinstance(one, LockHeld) for one in results].count(True) == 1, results
+        loser = machines[isinstance(results[1], LockHeld)]
+        await loser.clock.sleep(loser.manager.settings.import_window)
+        assert (await loser.manager.acquire(key)).epoch == 2 + number % 2
+        for one in machines:
+            await one.stop()
+
+
+@on_world
+async def test_a_lock_that_a_living_machine_of_the_nodes_name_takes_is_not_this_nodes(w: World) -> None:
+    old, new = await w.node("a", boot="boot-1"), await w.node("a", boot="boot-2")
+    await old.manager.acquire(KEY)
+    await until(lambda: KEY.id in new.manager.locks, new)
+    assert new.manager.mine() == ()
+    for new.export_state in ExportState:
+        with pytest.raises(LockHeld):
+            await new.manager.release(KEY)
+    await old.manager.release(KEY)
+    await until(lambda: new.manager.locks[KEY.id].holder == "", new)
+    await new.manager.acquire(KEY)
+    assert len(new.manager.mine()) == 1
 
 
 @on_world

@@ -267,6 +267,29 @@ def test_r3_a_lock_of_another_boot_is_taken_only_if_the_server_lists_the_device(
     assert isinstance(decision, Replace if importable else Denied)
 
 
+def in_epoch(me: NodeIdentity, epoch: int) -> Lock:
+    return record.lock_of(replace(held(me), transitions=epoch))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "listed", "alive"),
+    [
+        (None, in_epoch(ME, 1), False, True),
+        (None, in_epoch(ME, 1), True, False),  # seen at start, or of a Lease that a restore has brought back
+        (in_epoch(OTHER, 1), in_epoch(ME, 2), True, True),
+        (in_epoch(ME, 2), in_epoch(ME, 2), False, False),  # a person may have labelled it
+        (in_epoch(REBOOTED, 3), in_epoch(ME, 2), False, False),  # set back by a restore
+        (None, in_epoch(REBOOTED, 1), False, False),
+        (None, in_epoch(OTHER, 1), False, False),
+        (None, replace(in_epoch(ME, 1), boot_id=None), False, False),
+    ],
+)
+def test_r3_a_lock_that_another_boot_takes_shows_a_living_machine(
+    old: Lock | None, new: Lock, listed: bool, alive: bool
+) -> None:
+    assert protocol.shows_twin(old, new, REBOOTED, listed=listed) is alive
+
+
 @pytest.mark.parametrize("lease", [None, held(OTHER), held(REBOOTED), released(ME)])
 def test_r6_a_lock_of_any_other_holder_is_lost(lease: Lease | None) -> None:
     assert not protocol.is_mine(lease, ME)
