@@ -12,9 +12,10 @@ import tempfile
 import urllib.error
 import urllib.request
 from asyncio.subprocess import DEVNULL, PIPE, Process
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 import grpc
 import grpc.aio
@@ -184,7 +185,7 @@ async def plugin(
     simulated: bool = False,
     server: VirtualServer | None = None,
     boot_id: str | None = None,
-    **environ: str,
+    environ: Mapping[str, str] = MappingProxyType({}),
 ) -> AsyncIterator[PluginProcess]:
     """Yields a plugin on NODE with its HTTP port.
 
@@ -192,13 +193,15 @@ async def plugin(
     simulated: with a simulated vhci_hcd.
     server: with the STICK; None for one of its own.
     boot_id: of the plugin's machine; None for that of this machine.
+    environ: more variables.
     """
     with tempfile.TemporaryDirectory(prefix="usbip-") as name:
         home = Path(name)
         (home / "plugins").mkdir()
         config = home / "config.yaml"
         async with contextlib.AsyncExitStack() as stack:
-            server = server or await stack.enter_async_context(usbip_server())
+            if server is None:
+                server = await stack.enter_async_context(usbip_server())
             selector = {"vendor": f"{STICK.vendor:04x}", "product": f"{STICK.product:04x}"}
             config.write_text(configuration(stick=[(server.key, selector)]))
             kubelet = await stack.enter_async_context(FakeKubelet(home / "plugins", home / "pods.sock"))
@@ -213,7 +216,7 @@ async def plugin(
                 *flags,
                 stdin=DEVNULL,
                 stdout=PIPE,
-                env=os.environ | {"PYTHONUNBUFFERED": "1"} | environ,
+                env=os.environ | {"PYTHONUNBUFFERED": "1"} | dict(environ),
             )
             try:
                 device = DeviceKey(server.key, BUSID)

@@ -107,7 +107,7 @@ async def test_the_process_exports_its_traces_and_its_log_names_them(
             "OTEL_RESOURCE_ATTRIBUTES": "k8s.cluster.name=lab",
         }
         config = cluster.kubeconfig(await tokens.of(NODE))
-        async with plugin(config, unused_tcp_port, simulated=True, **variables) as p:
+        async with plugin(config, unused_tcp_port, simulated=True, environ=variables) as p:
             await p.offered()
             pod = await p.admit(admin)
             line = json.loads(await p.line('"devices allocated"'))
@@ -135,7 +135,7 @@ async def test_a_missing_collector_is_counted_and_logged_once(
         "OTEL_BSP_SCHEDULE_DELAY": "50",
     }
     config = cluster.kubeconfig(await tokens.of(NODE))
-    async with plugin(config, unused_tcp_port, simulated=True, **variables) as p:
+    async with plugin(config, unused_tcp_port, simulated=True, environ=variables) as p:
         await p.offered()
         for number in range(2):
             pod = await p.admit(admin)
@@ -165,7 +165,7 @@ async def test_the_process_ends_without_waiting_for_a_silent_collector_or_api_se
         }
         async with proxy_to(cluster.port) as proxy:
             config = cluster.kubeconfig(await tokens.of(NODE), f"https://127.0.0.1:{proxy.port}")
-            async with plugin(config, unused_tcp_port, simulated=True, **variables) as p:
+            async with plugin(config, unused_tcp_port, simulated=True, environ=variables) as p:
                 await p.offered()
                 pod = await p.admit(admin)
                 await asyncio.to_thread(receiver.until, lambda: receiver.asked > 0)

@@ -558,6 +558,28 @@ async def test_explain_says_whether_a_device_is_free_or_who_holds_it(
     assert yaml.safe_load(structured.out)["verdict"] == found["verdict"]
 
 
+async def test_explain_names_the_interfaces_that_the_holders_node_withholds(
+    cluster: Cluster, terminal: Terminal
+) -> None:
+    cluster.api.objects[f"{PODS}/usbip-plugin-x"] = {
+        "metadata": {"name": "usbip-plugin-x", "labels": {"app.kubernetes.io/name": "usbip-plugin"}},
+        "spec": {
+            "nodeName": "node-a",
+            "containers": [{"name": "plugin", "ports": [{"name": "http", "containerPort": 13240}]}],
+        },
+        "status": {"conditions": [{"type": "Ready", "status": "True"}]},
+    }
+    row = {"id": cluster.held.id, "withheld": ["a keyboard (03/01/01)", "no interface", 7]}
+    page = f"{PODS}/http:usbip-plugin-x:13240/proxy/api/devices"
+    cluster.api.objects[page] = {"devices": [row, {"id": "another", "withheld": ["a mouse (03/01/02)"]}]}
+    ran = await terminal.run("explain", cluster.held.id)
+    assert "Node node-a withholds a keyboard (03/01/01), which the resource does not allow.\n" in ran.out
+    assert "allowClasses" in ran.out
+    cluster.api.refused["get pods/proxy"] = 403
+    ran = await terminal.run("explain", cluster.held.id)
+    assert (ran.err, "is in use on node node-a" in ran.out, "withholds" in ran.out) == ("", True, False)
+
+
 async def test_explain_looks_up_the_pod_and_the_plugin_on_its_node(cluster: Cluster, terminal: Terminal) -> None:
     ran = await terminal.run("explain", cluster.held.id)
     assert "Pod default/reader is gone." in ran.out

@@ -11,6 +11,7 @@ import sys
 from usbip_plugin.cli.explain import explain as explanation_of
 from usbip_plugin.cli.explain import render
 from usbip_plugin.cli.lookup import DEVLIST_TIMEOUT_S, find_config, mapping
+from usbip_plugin.cli.pages import withheld_interfaces
 from usbip_plugin.cli.parser import Exit
 from usbip_plugin.cli.prune import prune as remove
 from usbip_plugin.cli.prune import removable, summary
@@ -37,8 +38,9 @@ async def read_devices(options: argparse.Namespace) -> tuple[LockedDevice, ...]:
 
 async def explain(options: argparse.Namespace) -> int:
     """Carries out `usbip-plugin explain DEVICE`."""
-    async with one_device(options) as (_kube, _namespace, details):
-        found = explanation_of(details)
+    async with one_device(options) as (kube, namespace, details):
+        withheld = await withheld_interfaces(kube, namespace, details)
+    found = explanation_of(dataclasses.replace(details, withheld=withheld))
     if options.output == "text":
         _say(render(found, colour=wants_colour(sys.stdout)))
     else:

@@ -10,8 +10,9 @@ from datetime import datetime
 
 from usbip_plugin.cli.parser import PLUGIN_LABEL
 from usbip_plugin.cli.tables import ago, stamp
+from usbip_plugin.config.scalars import class_name
 from usbip_plugin.locks.locked_devices import LockedDevice, last_sign, silent
-from usbip_plugin.model import DeviceKey, Lock
+from usbip_plugin.model import DeviceKey, InterfaceClass, Lock, described
 
 STUB_DEVICES = "/sys/bus/usb/drivers/usbip-host"
 """Directory on a Linux server with a link for each exported device. A -1 in its usbip_sockfd ends the connection."""
@@ -78,11 +79,17 @@ class Offer:
     """A resource that selects the device: its full name, and its selector.
 
     certain: False if the selector compares a serial number or interfaces that have not been read yet.
+    withheld: the interfaces of the device that the resource does not allow, as far as they are known.
+    refused: whether the device cannot be attached without them.
+    classes: the classes of all its interfaces that are known.
     """
 
     resource: str
     selector: str
     certain: bool = True
+    withheld: tuple[InterfaceClass, ...] = ()
+    refused: bool = False
+    classes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +105,7 @@ class DeviceDetails:
     twins: other devices that are listed or held with the serial number by which a resource selects this device.
     held_for: the device that was lost and is plugged in under this bus ID now, by its former name; "" if none is.
     listed_in_use: devices that the server lists although living nodes have them attached.
+    withheld: the interfaces that the pod's node withholds from the device, by the page of its plugin.
     """
 
     device_id: str
@@ -113,6 +121,7 @@ class DeviceDetails:
     twins: tuple[str, ...] = ()
     held_for: str = ""
     listed_in_use: tuple[str, ...] = ()
+    withheld: tuple[InterfaceClass, ...] = ()
 
     @property
     def device(self) -> str:
@@ -177,6 +186,8 @@ def _verdict(details: DeviceDetails) -> tuple[bool, str]:
         return False, f"{device} cannot be requested: it is a USB hub, and USB/IP cannot carry hubs."
     if details.offers == ():
         return False, f"{device} cannot be requested: no resource in the configuration selects it."
+    if details.offers and all(offer.refused for offer in details.offers):
+        return False, f"{device} is refused: it has interfaces that its resource does not allow."
     if details.twins:
         return False, f"{device} is unavailable: it is selected by serial number, and another device has the same one."
     if details.holder and details.listed_in_use:
@@ -210,6 +221,8 @@ def _lock(details: DeviceDetails) -> Iterator[str]:
         yield "The lock does not name a pod yet."
     elif details.pod is not PodStatus.UNKNOWN:
         yield f"Pod {lock.pod} {details.pod.value}."
+    if details.withheld:
+        yield f"Node {lock.holder} withholds {_names(details.withheld)}, which the resource does not allow."
     if details.plugin in (PluginStatus.NONE, PluginStatus.NOT_READY):
         yield f"Node {details.holder} {details.plugin.value}."
 
@@ -261,11 +274,30 @@ def _offers(details: DeviceDetails) -> Iterator[str]:
         return
     for offer in details.offers:
         yield f"It is offered as {offer.resource} ({offer.selector})."
+        if offer.withheld:
+            consequence = "so no node attaches it" if offer.refused else "so nodes attach it without"
+            yield f"{offer.resource} does not allow {_names(offer.withheld)}, {consequence}."
     if not details.offers and details.server.listing is Listing.LISTED:
         yield f"No resource in {details.config_source} selects it."
 
 
+def _names(interfaces: tuple[InterfaceClass, ...]) -> str:
+    return " and ".join(map(described, interfaces))
+
+
+def _allow(details: DeviceDetails) -> Iterator[str]:
+    """Yields how to allow the interfaces that are withheld."""
+    offers = [offer for offer in details.offers or () if offer.withheld]
+    for offer in offers:
+        classes = ", ".join(map(class_name, offer.classes))
+        yield f"To allow all its interfaces to new pods, set allowClasses: [{classes}] for {offer.resource}."
+    if details.withheld and not offers:
+        classes = " and ".join(sorted({class_name(one.class_) for one in details.withheld}))
+        yield f"To allow them, set allowClasses of the resource to the classes of all interfaces, {classes} included."
+
+
 def _next(details: DeviceDetails) -> Iterator[str]:
+    yield from _allow(details)
     listing, key, lock = details.server.listing, details.key, details.lock
     if details.holder and lock is not None and not details.silent:
         yield from _next_held(details, lock)
@@ -289,10 +321,11 @@ def _next(details: DeviceDetails) -> Iterator[str]:
         yield "Select each of them by bus_id in the configuration; docs/reference/configuration.md shows how."
     elif details.offers == ():
         yield "Add a selector for it to the configuration; docs/reference/configuration.md shows how."
-    elif details.offers:
+    elif details.offers and not all(offer.refused for offer in details.offers):
         if lock is not None and lock.failed_epoch is not None:
             yield "Read the pod's event: it names the cause. Nodes with failures offer the device again by themselves."
-        yield f"Request it in a pod with resources.limits: {{{details.offers[0].resource}: 1}}"
+        resource = next(offer.resource for offer in details.offers if not offer.refused)
+        yield f"Request it in a pod with resources.limits: {{{resource}: 1}}"
 
 
 def _next_held(details: DeviceDetails, lock: Lock) -> Iterator[str]:

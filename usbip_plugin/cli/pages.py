@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from usbip_plugin.cli import lookup
-from usbip_plugin.cli.lookup import is_object_name, mapping
-from usbip_plugin.cli.sources import PluginPod
+from usbip_plugin.cli.explain import DeviceDetails, PluginStatus
+from usbip_plugin.cli.lookup import is_object_name, items, mapping
+from usbip_plugin.cli.sources import PluginPod, read_plugins
 from usbip_plugin.errors import KubeError, KubeForbidden, KubeMisdirected, KubeServerError
 from usbip_plugin.kube.client import KubeClient
+from usbip_plugin.model import InterfaceClass
 
 RIGHT = "get pods/proxy in the plugin's namespace"
 MAX_PAGES = 100
 """Status pages that one command reads; each passes through the API server."""
 PARALLEL = 8
 """Status pages that are read at one time."""
+
+_WITHHELD = re.compile(r"[a-z ]{1,40} \(([0-9a-f]{2})/([0-9a-f]{2})/([0-9a-f]{2})\)")
+"""An interface as model.described() writes it."""
 
 
 async def read_page(kube: KubeClient, namespace: str, pod: PluginPod, path: str) -> Any:
@@ -78,3 +84,23 @@ async def read_statuses(
     if len(pods) > MAX_PAGES:
         problems.append(f"only the status pages of {MAX_PAGES} of {len(pods)} pods were read")
     return {name: mapping(one) for name, one in pages.items() if not isinstance(one, KubeError)}, problems
+
+
+async def withheld_interfaces(kube: KubeClient, namespace: str, details: DeviceDetails) -> tuple[InterfaceClass, ...]:
+    """Returns the interfaces that the node of a device in use withholds; none if its page cannot be read."""
+    if details.plugin is not PluginStatus.READY:
+        return ()
+    try:
+        pods = await read_plugins(kube, namespace, details.holder)
+        pages = [await read_page(kube, namespace, pod, "/api/devices") for pod in pods if pod.port is not None]
+    except KubeError:
+        return ()
+    return withheld_on(pages, details.device_id)
+
+
+def withheld_on(pages: Sequence[Any], device_id: str) -> tuple[InterfaceClass, ...]:
+    """Returns the interfaces of a device that the pages /api/devices list as withheld, sorted."""
+    rows = [mapping(row) for page in pages for row in items(mapping(page).get("devices"))]
+    texts = [text for row in rows if row.get("id") == device_id for text in items(row.get("withheld"))]
+    found = filter(None, (_WITHHELD.fullmatch(str(text)) for text in texts))
+    return tuple(sorted({InterfaceClass(*(int(code, 16) for code in match.groups())) for match in found}))

@@ -189,9 +189,11 @@ async def read_nodes(kube: Api, domain: str) -> tuple[NodeReading, ...]:
     return tuple(sorted(found, key=lambda node: node.name))
 
 
-async def read_plugins(kube: Api, namespace: str) -> tuple[PluginPod, ...]:
-    """Returns the pods of the plugin, by node. Raises KubeError."""
+async def read_plugins(kube: Api, namespace: str, node: str | None = None) -> tuple[PluginPod, ...]:
+    """Returns the pods of the plugin, by node, or those on one node. Raises KubeError."""
     path, params = f"/api/v1/namespaces/{namespace}/pods", {"labelSelector": PLUGIN_LABEL}
+    if node is not None:
+        params["fieldSelector"] = f"spec.nodeName={node}"
     found: list[PluginPod] = []
     pages = kube.pages(path, resource="pods", params=params, timeout=lookup.REQUEST_TIMEOUT_S)
     async with contextlib.aclosing(pages):

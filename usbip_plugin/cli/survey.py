@@ -6,14 +6,14 @@ Any of the three may be missing: a person may lack a right, and a server may not
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from usbip_plugin.cli.explain import Listing, Offer, ServerAnswer
-from usbip_plugin.config.schema import Config, Selector, several
-from usbip_plugin.config.selectors import Match, matches
+from usbip_plugin.config.schema import Config, ResourceConfig, Selector, several
+from usbip_plugin.config.selectors import Match, allowed_interfaces, matches
 from usbip_plugin.locks.locked_devices import LockedDevice, is_attached
-from usbip_plugin.model import UNKNOWN_IDENTITY, Descriptor, DeviceKey, Lock, ServerKey, valid_busid
+from usbip_plugin.model import UNKNOWN_IDENTITY, Descriptor, DeviceKey, Identity, Lock, ServerKey, valid_busid
 from usbip_plugin.usbip.client import DeviceList, why_unlisted
 
 _GLOB = frozenset("*?[")
@@ -77,7 +77,7 @@ class Survey:
                     continue
                 if (match := matches(entry.selector, listed, identity)) is not Match.NO:
                     offer = Offer(f"{self.domain}/{resource.name}", str(entry.selector), match is Match.YES)
-                    found.setdefault(resource.name, offer)
+                    found.setdefault(resource.name, _with_interfaces(offer, resource, key, listed, identity))
         return tuple(found.values())
 
     def unmatched(self, keys: Mapping[str, DeviceKey]) -> Iterator[UnmatchedSelector]:
@@ -142,3 +142,18 @@ class Survey:
         if listed is None:
             return ServerAnswer(Listing.UNLISTED, error=why_unlisted(answer.problems, key.busid))
         return ServerAnswer(Listing.HUB if listed.is_hub else Listing.LISTED, usb_id=str(listed.usb_id))
+
+
+def _with_interfaces(
+    offer: Offer, resource: ResourceConfig, key: DeviceKey, listed: Descriptor, identity: Identity
+) -> Offer:
+    """Returns the offer with the interfaces that the resource does not allow, as the nodes decide about them."""
+    interfaces = listed.interfaces or identity.interfaces or ()
+    rules = allowed_interfaces(resource, key, listed, identity)
+    withheld = tuple(sorted({one for one in interfaces if not rules.allows((one,))}))
+    return replace(
+        offer,
+        withheld=withheld,
+        refused=bool(withheld) and rules.problem(listed.device_class, [(one,) for one in interfaces]) is not None,
+        classes=tuple(sorted({one.class_ for one in interfaces})),
+    )

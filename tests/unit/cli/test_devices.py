@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -15,7 +16,7 @@ from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, S
 from usbip_plugin.errors import NoSuchDevice
 from usbip_plugin.locks.locked_devices import LockedDevice
 from usbip_plugin.locks.record import LOCK_LABELS, SESSION_LABELS, Lease, lock_of
-from usbip_plugin.model import Descriptor, DeviceKey, ServerKey
+from usbip_plugin.model import Descriptor, DeviceKey, InterfaceClass, ServerKey
 from usbip_plugin.usbip.client import DeviceList
 
 TAKEN = datetime(2026, 5, 4, 3, 2, 1, tzinfo=UTC)
@@ -241,3 +242,35 @@ def test_a_device_has_changed_if_more_than_its_age_or_heartbeat_differs() -> Non
     assert changes(before, rows(later)) == []
     taken = rows(survey(known(KEY, "node-a"), known(OTHER_KEY, "node-b")))
     assert [row["id"] for row in changes(before, taken)] == [OTHER_KEY.id]
+
+
+KEYBOARD, DISK = InterfaceClass(3, 1, 1), InterfaceClass(8, 6, 0x50)
+DEVICE = Selector(vendor=STICK.vendor)
+
+
+@pytest.mark.parametrize(
+    ("resource", "interfaces", "withheld", "refused"),
+    [
+        (ResourceConfig("stick", (DeviceSelector(LAB, DEVICE),)), (KEYBOARD, DISK), (KEYBOARD,), False),
+        (ResourceConfig("stick", (DeviceSelector(LAB, DEVICE),)), (KEYBOARD,), (KEYBOARD,), True),
+        (ResourceConfig("stick", (DeviceSelector(LAB, DEVICE),)), (), (), False),
+        (ResourceConfig("stick", (DeviceSelector(LAB, DEVICE),), allow_classes=(3,)), (KEYBOARD, DISK), (DISK,), False),
+        (ResourceConfig("stick", (DeviceSelector(LAB, DEVICE),), allow_classes=(3, 8)), (KEYBOARD, DISK), (), False),
+        (ResourceConfig("stick", (DeviceSelector(LAB, replace(DEVICE, class_=3)),)), (KEYBOARD, DISK), (), False),
+    ],
+)
+@pytest.mark.parametrize("listed", [True, False])
+def test_an_offer_names_the_interfaces_that_its_resource_does_not_allow(
+    resource: ResourceConfig,
+    interfaces: tuple[InterfaceClass, ...],
+    withheld: tuple[InterfaceClass, ...],
+    refused: bool,
+    listed: bool,
+) -> None:
+    """By what the server lists, else by what a node has read from the device."""
+    read = ",".join(f"{one.class_:02x}{one.subclass:02x}{one.protocol:02x}" for one in interfaces)
+    lock = known(KEY, interfaces=read)
+    found = survey(lock, listed=lists(descriptor(interfaces=interfaces)) if listed else {}, config=Config((resource,)))
+    (offer,) = found.offers(KEY, lock.lock) or ()
+    assert (offer.withheld, offer.refused) == (withheld, refused)
+    assert set(offer.classes) == {one.class_ for one in interfaces}

@@ -8,12 +8,26 @@ import pytest
 
 from tests.rigs.vocabulary import KEY
 from tests.unit.cli.device_facts import FREE, HELD, LISTED, NOTES, UNLISTED, UNREACHABLE, known
-from usbip_plugin.cli.explain import DeviceDetails, Listing, PluginStatus, PodStatus, ServerAnswer, explain, render
+from usbip_plugin.cli.explain import (
+    DeviceDetails,
+    Listing,
+    Offer,
+    PluginStatus,
+    PodStatus,
+    ServerAnswer,
+    explain,
+    render,
+)
 from usbip_plugin.cli.lookup import plugin_status, pod_status
-from usbip_plugin.model import PodRef
+from usbip_plugin.model import InterfaceClass, PodRef
 
 HUB = ServerAnswer(Listing.HUB, "0951:1666")
 WITH_SERIAL = replace(FREE, known=known(notes=NOTES | {"usbip.dev/serial": "RED"}))
+KEYBOARD, ETHERNET = InterfaceClass(3, 1, 1), InterfaceClass(2, 6, 0)
+WITHHELD = replace(FREE, offers=(Offer("usbip.dev/stick", "", withheld=(KEYBOARD,), classes=(3, 8)),))
+KEYS = Offer("usbip.dev/keys", "", withheld=(KEYBOARD,), refused=True, classes=(3,))
+REFUSED = replace(FREE, offers=(KEYS,))
+ALSO_ALLOWED = replace(FREE, offers=(KEYS, Offer("usbip.dev/stick", "vendor 0951")))
 GONE_NODE = replace(HELD, known=known("node-a", heard=500, written=500), pod=PodStatus.GONE, plugin=PluginStatus.NONE)
 PODS = "kubectl -n usbip-system get pods -l app.kubernetes.io/name=usbip-plugin --field-selector spec.nodeName=node-a"
 LOG = f"read the log of the plugin on that node: kubectl -n usbip-system logs $({PODS} -o name)"
@@ -44,6 +58,9 @@ LOG = f"read the log of the plugin on that node: kubectl -n usbip-system logs $(
             False,
             "it is selected by serial number, and another device has the same one.",
         ),
+        (WITHHELD, True, "lab:3240/1-1 is available."),
+        (REFUSED, False, "lab:3240/1-1 is refused: it has interfaces that its resource does not allow."),
+        (ALSO_ALLOWED, True, "lab:3240/1-1 is available."),
         (replace(HELD, twins=("lab:3240/1-2",)), False, "is in use on node node-a by pod ns/reader."),
         (replace(GONE_NODE, key=None, server=LISTED), False, "its lock does not name its server and bus ID."),
     ],
@@ -73,6 +90,23 @@ def test_the_verdict_says_whether_the_device_is_available(facts: DeviceDetails, 
                 "does not list it, as expected",
                 "kubectl -n ns delete pod reader",
                 "usbip-plugin release lab:3240/1-1 --force",
+            ],
+        ),
+        (
+            WITHHELD,
+            [
+                "usbip.dev/stick does not allow a keyboard (03/01/01), so nodes attach it without.",
+                "To allow all its interfaces to new pods, set allowClasses: [hid, mass-storage] for usbip.dev/stick.",
+                "resources.limits: {usbip.dev/stick: 1}",
+            ],
+        ),
+        (REFUSED, ["does not allow a keyboard (03/01/01), so no node attaches it.", "allowClasses: [hid] for"]),
+        (ALSO_ALLOWED, ["resources.limits: {usbip.dev/stick: 1}"]),
+        (
+            replace(HELD, withheld=(KEYBOARD, ETHERNET)),
+            [
+                "Node node-a withholds a keyboard (03/01/01) and a network interface (02/06/00), which the resource",
+                "set allowClasses of the resource to the classes of all interfaces, comm and hid included.",
             ],
         ),
         (replace(HELD, pod=PodStatus.GONE), ["Pod ns/reader is gone", "within half a minute", LOG]),

@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
@@ -350,7 +351,7 @@ async def test_one_of_two_machines_of_a_name_takes_a_lock_and_the_other_waits_fo
         if number % 2:  # the lock was held before
             await machines[0].manager.acquire(key)
             await machines[0].manager.release(key)
-            await until(lambda other=machines[1], key=key: key.id in other.manager.locks, machines[1])
+            await until(partial(machines[1].manager.locks.__contains__, key.id), machines[1])
         results = await asyncio.gather(*(one.manager.acquire(key) for one in machines), return_exceptions=True)
         assert [isinstance(one, LockHeld) for one in results].count(True) == 1, results
         loser = machines[isinstance(results[1], LockHeld)]
