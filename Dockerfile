@@ -3,7 +3,8 @@
 #   docker buildx build --platform linux/amd64,linux/arm64 -t usbip-plugin .
 # Nothing is run in the final stage, and the builder runs on the build machine, so a foreign architecture needs no emulation.
 #
-# BASE      what the plugin runs on: glibc, libstdc++, python3 >= 3.11, nothing else; a digest of the index of all platforms
+# BASE      what the plugin runs on: glibc, libstdc++, python3 >= 3.11, nothing else; a digest of the index of all platforms.
+#           docker buildx imagetools inspect BASE verifies that the official repository has it, and for which platforms.
 # BUILDER   the same Python for the build machine; python3 alone will do if a wheel of pip is in wheels/
 # PIP_*     as pip has them. Without an index: put all wheels, also those of image-build.lock, into wheels/, PIP_NO_INDEX=1
 # SOURCE_DATE_EPOCH  seconds since 1970 for the times of the plugin's files and of the SBOM

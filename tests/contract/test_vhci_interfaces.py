@@ -76,9 +76,38 @@ async def test_only_allowed_interfaces_are_authorised_all_before_the_first_is_pr
         ("3-1:1.1/authorized", "1"),
         ("usb/drivers_probe", "3-1:1.0"),
         ("usb/drivers_probe", "3-1:1.1"),
-        ("usb3/interface_authorized_default", "1"),
         ("usb3/authorized_default", "1"),
     ]
+
+
+async def test_interfaces_stay_withheld_if_the_pod_sets_the_configuration_anew(rig: FakeSysfsRig) -> None:
+    """It may do so through the USB node. The kernel then makes each interface anew, as the hub says."""
+    driver = rig.plugin()
+    attachment = await attach_modem(rig, driver)
+    rig.sysfs.configure_anew(attachment.port)
+    assert bound(rig) == [False, False, False]
+    await driver.detach(attachment.port, timeout=LIMIT_S)
+    assert hub_default(rig) == "1\n"
+
+
+async def test_the_hub_authorises_interfaces_again_if_the_connection_of_the_device_ends(rig: FakeSysfsRig) -> None:
+    driver = rig.plugin()
+    attachment = await attach_modem(rig, driver)
+    await driver.ports()
+    assert hub_default(rig) == "0\n"
+    rig.sysfs.free(attachment.port)
+    await driver.ports()
+    assert hub_default(rig) == "1\n"
+
+
+async def test_the_next_process_keeps_interfaces_withheld_until_the_device_is_detached(rig: FakeSysfsRig) -> None:
+    attachment = await attach_modem(rig, rig.plugin())
+    successor = rig.plugin()
+    await asyncio.sleep(0)  # its run() has started
+    assert hub_default(rig) == "0\n"
+    assert await successor.inspect(KEY, attachment.port) == attachment
+    await successor.detach(attachment.port, timeout=LIMIT_S)
+    assert hub_default(rig) == "1\n"
 
 
 async def test_a_device_with_allowed_interfaces_alone_is_authorised_whole(rig: FakeSysfsRig) -> None:
@@ -164,7 +193,7 @@ async def test_a_device_whose_interfaces_were_being_authorised_at_a_crash_is_not
         successor = rig.plugin()
         assert await successor.inspect(KEY, 0) is None
         await asyncio.sleep(0)  # its run() has started
-        assert hub_default(rig) == "1\n"
+        assert hub_default(rig) == "0\n"
     finally:
         go_on.set()
     assert await attaching == await successor.inspect(KEY, 0), "once it is finished"

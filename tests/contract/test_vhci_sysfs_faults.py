@@ -364,6 +364,34 @@ class TestEnumeration:
         assert default.read_text() == "1\n"
         assert not list(rig.records.glob("authorized_default*"))
 
+    async def test_a_hub_that_another_process_opens_is_closed_for_the_next_device(self, rig: FakeSysfsRig) -> None:
+        driver = rig.plugin()
+        default = rig.sysfs.hub_dir(0) / "authorized_default"
+        first = await attach(rig, driver, 0)
+        default.write_text("2\n")
+        second = await attach(rig, driver, 1)
+        assert default.read_text() == "0\n"
+        default.write_text("1\n")
+        rig.sysfs.refuse["authorized_default"] = [errno.EIO]
+        with pytest.raises(AttachRefused, match="root hub cannot be kept from authorising"):
+            await attach_import(driver, await rig.import_modem())
+        default.write_text("0\n")
+        for number, port in enumerate((first, second)):
+            await enumerate_twin(driver, port, number)
+        assert default.read_text() == "1\n", "as it was found last"
+
+    async def test_a_device_that_the_kernel_authorises_before_it_was_verified_is_detached(
+        self, rig: FakeSysfsRig
+    ) -> None:
+        """Another process may open the hub after the attach: a person, or another plugin on this kernel, as in kind."""
+        driver = rig.plugin()
+        default = rig.sysfs.hub_dir(0) / "authorized_default"
+        rig.sysfs.before_attach = lambda _port: default.write_text("1\n")  # type: ignore[assignment]
+        port = await attach(rig, driver)
+        with pytest.raises(AttachStuck, match="authorised it before it was verified"):
+            await enumerate_twin(driver, port)
+        assert (await state(driver, port)).status is PortStatus.NULL
+
     async def test_a_hub_closed_by_the_administrator_stays_closed(self, rig: FakeSysfsRig) -> None:
         default = rig.sysfs.hub_dir(0) / "authorized_default"
         default.write_text("0\n")

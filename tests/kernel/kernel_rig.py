@@ -19,6 +19,7 @@ from usbip_plugin.attach.pipeline import import_busy
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.model import Descriptor, DeviceKey, ServerKey, UsbId
 from usbip_plugin.usbip.client import Imported, TcpUsbipClient
+from usbip_plugin.vhci.hubs import DEVICES, INTERFACES
 from usbip_plugin.vhci.linux import SysfsVhci
 from usbip_plugin.vhci.sysfs import STALL_S, PortStatus
 from usbip_plugin.vhci.uevents import NetlinkUevents
@@ -44,9 +45,13 @@ def raw_tty(path: str) -> Iterator[int]:
         os.close(fd)
 
 
-def hubs_authorize() -> bool:
-    """Returns whether all root hubs of vhci authorise new devices and interfaces, which is the kernel's default."""
-    files = list(Path("/sys/devices/platform").glob("vhci_hcd.*/usb*/*authorized_default"))
+def hubs_authorize(*names: str) -> bool:
+    """Returns whether all root hubs of vhci authorise by default, as the kernel begins.
+
+    names: DEVICES or INTERFACES; none for both.
+    """
+    folders = list(Path("/sys/devices/platform").glob("vhci_hcd.*/usb*"))
+    files = [folder / name for folder in folders for name in names or (DEVICES, INTERFACES)]
     return bool(files) and all(file.read_text() == "1\n" for file in files)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import fcntl
 import os
@@ -44,11 +45,14 @@ from usbip_plugin.attach.events import EventKind
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.locks.record import lock_of
 from usbip_plugin.model import HID_CLASS, Attachment, DeviceKey, Reason, UsbId
+from usbip_plugin.vhci.hubs import DEVICES, INTERFACES
 
 GADGET = "gadget"
 AUDIO = "AUDIO"
 SECTOR = 512
 USBDEVFS_CLAIMINTERFACE = 0x8004550F  # _IOR('U', 15, unsigned int)
+USBDEVFS_SETCONFIGURATION = 0x80045505  # _IOR('U', 5, unsigned int)
+USBDEVFS_IOCTL, USBDEVFS_DISCONNECT = 0xC0105512, 0x5516  # _IOWR('U', 18, struct usbdevfs_ioctl), _IO('U', 22)
 OTHER_MODE = UsbId(0x1D6B, 0x0105)
 
 
@@ -97,7 +101,18 @@ def assert_withheld(attachment: Attachment, code: str) -> None:
     assert found[code] == ("", "0")
     with pytest.raises(OSError, match=os.strerror(errno.ENODEV)):
         claim(attachment, 2)
-    assert hubs_authorize()
+    assert hubs_authorize(DEVICES)
+    assert not hubs_authorize(INTERFACES), "it decides about the interfaces of another configuration"
+
+
+def configure(attachment: Attachment) -> None:
+    """Sets the configuration again through the USB node, without drivers, as a pod may. Raises OSError."""
+    with Path(attachment.nodes[0].path).open("r+b", buffering=0) as node:
+        for number in (0, 1):
+            with contextlib.suppress(OSError):  # the driver of the first has claimed the second
+                fcntl.ioctl(node, USBDEVFS_IOCTL, struct.pack("iiP", number, USBDEVFS_DISCONNECT, 0))
+        for value in (-1, 1):
+            fcntl.ioctl(node, USBDEVFS_SETCONFIGURATION, struct.pack("i", value))
 
 
 @pytest.mark.parametrize(
@@ -126,7 +141,10 @@ async def test_a_modem_that_is_a_keyboard_or_network_adapter_as_well_is_attached
             node.start()
             await until_health(node, {key.id: True})
             assert_withheld(attachment_of(node, key), code)
+            configure(attachment_of(node, key))
+            assert interfaces(attachment_of(node, key))[code] == ("", "0")
             await end(world, POD, key)
+            assert hubs_authorize()
 
 
 async def test_a_device_that_is_nothing_but_a_keyboard_is_never_authorised(

@@ -220,6 +220,14 @@ class FakeSysfs:
             self.devices[row.devid] = replace(self.devices[row.devid], usb_id=usb_id)
             self._enumerate(row)
 
+    def configure_anew(self, port: int) -> None:
+        """Makes the interfaces of the device on a port anew, like USBDEVFS_SETCONFIGURATION."""
+        with self._lock:
+            device = self.rows[port].device
+            for interface in device.glob("*:*"):
+                shutil.rmtree(interface)
+            self._probe(device)
+
     def _uevent(self, action: str, device: Path) -> None:
         self.heard(Uevent(action, "/" + str(device.relative_to(self.root)), {}))
 

@@ -2,13 +2,17 @@
 
 Without it, a server that lies about a device could make any driver of this node probe it before the plugin has checked
 its descriptors. The plugin sets authorized_default of the hub to 0 just before it attaches a device, and restores the
-old value once it has authorised the device. It attaches nothing to a hub that it cannot close. Only a device that a
-person attaches with the `usbip` tool to the same hub in this window (about 0.3 s) stays unauthorised. The plugin never
-changes a hub whose authorized_default is 0 already. The record directory keeps the old value, so that the next start
-restores it after a crash in the window.
+old value once it has authorised the device and found its nodes. It attaches nothing to a hub that it cannot close.
+Only a device that a person attaches with the `usbip` tool to the same hub in this window stays unauthorised. The plugin
+never changes a hub whose authorized_default is 0 already.
 
-interface_authorized_default of the hub is kept at 0 likewise while a device is authorised of which an interface is to
-stay unauthorised (vhci/interfaces.py).
+interface_authorized_default of the hub is kept at 0 likewise, but until the device is detached, if an interface of the
+device is to stay unauthorised (vhci/interfaces.py): when a pod sets another configuration of its device, this file
+decides about the new interfaces (usb_set_configuration in drivers/usb/core/message.c). Until then, no device of the hub
+can use interfaces of another configuration.
+
+The kernel writes neither file after it has made the hub (usb_add_hcd in drivers/usb/core/hcd.c); any process of root
+may. The record directory keeps the old values, so that the next process restores them.
 """
 
 from __future__ import annotations
@@ -50,28 +54,31 @@ class HubGuard:
         hub = root_hub(self._sysfs, port.controller, port.hub)
         if hub is None:
             raise FileNotFoundError(errno.ENOENT, f"vhci_hcd.{port.controller} has no {port.hub} hub")
-        if hub in self._held.values():
-            self._held[port.number] = hub
-            return
+        file, was_held = hub / self._file, hub in self._held.values()
         try:
-            before = _value(hub / self._file)
-            if before != _CLOSED:
+            # also of a hub that is held: another process may have opened it
+            if (before := _value(file)) != _CLOSED:
                 self._marker(hub).parent.mkdir(mode=0o700, exist_ok=True)
                 self._marker(hub).write_text(before)
-                self._write(hub / self._file, _CLOSED)
+                self._write(file, _CLOSED)
         except OSError:
-            self._marker_gone(hub)
+            if not was_held:
+                self._marker_gone(hub)
             raise
         self._held[port.number] = hub
 
+    def ports(self) -> frozenset[int]:
+        """Returns the ports that are held."""
+        return frozenset(self._held)
+
     def release(self, port: int) -> None:
-        """Releases a port whose device is authorised or never will be. Restores the hub after its last. Idempotent."""
+        """Releases a port. Restores the hub after its last one. Idempotent."""
         hub = self._held.pop(port, None)
         if hub is not None and hub not in self._held.values():
             self._restore(hub)
 
     def restore_leftovers(self) -> None:
-        """Restores the hubs that an earlier process left at authorized_default 0 because it crashed."""
+        """Restores the hubs that an earlier process left closed, and of which no port is held."""
         for marker in self._records.glob(f"{self._file}.usb[0-9]*"):
             name = marker.name.removeprefix(f"{self._file}.")
             if any(hub.name == name for hub in self._held.values()):

@@ -143,12 +143,14 @@ class InterfaceGate:
     ) -> None:
         """Authorises the device, and then its allowed interfaces where they are not. Probes these.
 
-        The caller must call release() once the device is authorised or detached.
+        The caller must call release() once the device is detached.
         withheld: the result of withheld(). Raises InterfacesRefused, AttachStuck and OSError; then the caller must
         detach the device, of which no other interface was authorised.
         """
         if withheld:
             self._guard.hold(port)
+        else:
+            self._guard.release(port.number)  # of a device that was on this port before, over the same connection
         # Write also if the device is authorised already: the write takes the device lock, so when it returns, the
         # kernel has probed the interfaces.
         await self._writer.write(device / "authorized", "1", device=port.number)
@@ -178,6 +180,15 @@ class InterfaceGate:
         """Lets the kernel authorise the interfaces of the port's hub by default again. Idempotent."""
         self._guard.release(port)
 
+    def held(self) -> frozenset[int]:
+        """Returns the ports whose devices have interfaces that are withheld."""
+        return self._guard.ports()
+
+    def hold_withheld(self, port: Port, device: Path) -> None:
+        """Keeps the interfaces withheld that an attached device has unauthorised, if any. Raises OSError."""
+        if not all(authorized for _folder, authorized in present_interfaces(device).values()):
+            self._guard.hold(port)
+
     def restore_leftovers(self) -> None:
-        """Restores the hubs that an earlier process left closed because it crashed."""
+        """Restores the hubs that an earlier process left closed, and of which no port is held."""
         self._guard.restore_leftovers()

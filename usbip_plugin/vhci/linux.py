@@ -114,11 +114,16 @@ class SysfsVhci:
         self._free: dict[int, PortState] = {}
         self._fastest = SPEED_SUPER_PLUS  # the greatest speed that this kernel is known to take, or not to refuse
         self._recorded: Counter[int] = Counter()  # by port: how many records this process has written
+        self._authorized: dict[int, int] = {}  # by port: number of the device that this process has authorised there
         self._attributes: dict[int, DeviceAttributes] = {}  # by port: of the device that was read there last
         self._reading: dict[int, asyncio.Future[DeviceAttributes | None]] = {}  # by port: reads of strings under way
 
     async def ports(self) -> tuple[PortState, ...]:
-        return tuple(self._free_state(p) if p.status is PortStatus.NULL else self._state(p) for p in self._table.all())
+        rows = self._table.all()
+        for port in self._interfaces.held():
+            if rows[port].status is PortStatus.NULL:  # its connection has ended
+                self._interfaces.release(port)
+        return tuple(self._free_state(p) if p.status is PortStatus.NULL else self._state(p) for p in rows)
 
     def _free_state(self, port: Port) -> PortState:
         """Returns the state of a free port from a cache: nearly all of hundreds of ports are free."""
@@ -229,6 +234,7 @@ class SysfsVhci:
     def _forget(self, port: int, only: DeviceKey | None = None) -> None:
         self._occupants.pop(port, None)
         self._attributes.pop(port, None)
+        self._authorized.pop(port, None)
         self._guard.release(port)
         self._interfaces.release(port)
         self._records.remove(port, only)
@@ -254,6 +260,7 @@ class SysfsVhci:
                     left = max(0.0, deadline - self._clock.monotonic() - END_S)
                     found = await self._children.wait(device, attributes, children, min(child_wait, left))
                     if found.nodes:  # otherwise the device has gone or enumerated again, and is verified again
+                        self._guard.release(port)
                         return _attachment(key, port, device, attributes, found)
         except (AttachStuck, WrongDevice, WrongSerial, HubRefused, InterfacesRefused, DriverNotWritable):
             await self.detach(port, timeout=ABANDON_S)
@@ -274,6 +281,8 @@ class SysfsVhci:
         device, attributes = await self._changed.until_within(
             lambda: self._appeared(port), self._clock, timeout=timeout
         )
+        if attributes.authorized and self._authorized.get(port) != attributes.devnum:
+            raise AttachStuck(f"{key} on port {port}: another process has authorised it before it was verified")
         if attributes.usb_id != descriptor.usb_id:
             raise WrongDevice(key, descriptor.usb_id, attributes.usb_id)
         if serial is not None and attributes.serial != serial:
@@ -292,8 +301,7 @@ class SysfsVhci:
         except OSError as error:
             stuck = AttachStuck(f"{key} on port {port} could not be authorised: {error.strerror}")
             raise explain(error, Path(error.filename or device / "authorized"), stuck) from error
-        self._interfaces.release(port)
-        self._guard.release(port)  # not before: until here, a device that enumerates again must not be authorised
+        self._authorized[port] = attributes.devnum
         return device, attributes
 
     def _appeared(self, number: int) -> tuple[Path, DeviceAttributes] | None:
@@ -400,12 +408,30 @@ class SysfsVhci:
         return self._changed.subscribe(callback)
 
     async def run(self) -> None:
+        self._hold_interfaces()
         self._guard.restore_leftovers()
         self._interfaces.restore_leftovers()
         self._forget_leftovers()
         async with asyncio.TaskGroup() as group:
             group.create_task(self._uevents.run(self._on_uevent))
             group.create_task(settle(self._changed, self._uevent_received, self._clock))
+
+    def _hold_interfaces(self) -> None:
+        """Keeps those interfaces withheld that an earlier process has withheld from devices that are still attached."""
+        with contextlib.suppress(VhciError):
+            rows = {port.number: port for port in self._table.all()}
+            for number in self._records.ports():
+                row, record = rows.get(number), self._records.read(number)
+                device = device_dir(self._sysfs, row) if row is not None else None
+                if row is None or device is None or record is None or record.occupant is None:
+                    continue
+                if not record.fits(row.occupant):
+                    continue
+                try:
+                    self._interfaces.hold_withheld(row, device)
+                except OSError as error:
+                    extra = {"port": number, "file": error.filename, "cause": str(error)}
+                    log.warning("interface_authorized_default not set", extra=extra)
 
     def _forget_leftovers(self) -> None:
         """Removes records of earlier processes for ports that are free, or that another process has taken since."""
