@@ -117,6 +117,8 @@ class LeaseGate:
         self._reading: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         self._changed = Broadcast()
         self._subscribers: list[Callable[[str], None]] = []
+        self._newest: dict[str, tuple[str, Lock]] = {}
+        """By device ID, the uid of its Lease, and the lock as it was last written: a restore of etcd writes nothing."""
         self._unverified: dict[str, Endpoint] = {}
         """By bus ID, the last import that was granted without the locks, until they can be read again."""
         self._is_away = False
@@ -140,7 +142,10 @@ class LeaseGate:
         return decide_import(self._locks(busid), peer)
 
     def may_stay(self, busid: str, peer: Endpoint | None) -> bool:
-        return peer is None or self._unverified.get(busid) == peer or may_keep(self._locks(busid), peer)
+        if peer is None or self._unverified.get(busid) == peer:
+            return True
+        locks = self._locks(busid)
+        return may_keep(locks, peer) or any(self._was_set_back(lock, peer) for lock in locks)
 
     def subscribe(self, callback: Callable[[str], None]) -> Callable[[], None]:
         self._subscribers.append(callback)
@@ -183,7 +188,26 @@ class LeaseGate:
         self._unverified[busid] = peer
         return None
 
+    def _was_set_back(self, lock: Lock, peer: Endpoint) -> bool:
+        """Returns whether a restore of etcd has set back a lock whose holder connects from peer.
+
+        Its holder takes the lock again, because it has the device (R6).
+        """
+        _uid, newest = self._newest.get(lock.device_id, ("", lock))
+        return newest != lock and newest.holder != "" and newest.import_from == peer
+
+    def _note_newest(self, change: LockChange) -> None:
+        lease = self._cache.lease(change.device_id)
+        if lease is None or change.new is None:
+            self._newest.pop(change.device_id, None)
+            return
+        uid, newest = self._newest.get(change.device_id, ("", None))
+        # each new holder begins an epoch, so that one of whom a list tells has a later one
+        if newest is None or not change.listed or lease.uid != uid or change.new.epoch > newest.epoch:
+            self._newest[change.device_id] = (lease.uid, change.new)
+
     def _lock_changed(self, change: LockChange) -> None:
+        self._note_newest(change)
         lock = change.new or change.old
         if lock is not None and lock.key is not None:
             self._notify(lock.key.busid)

@@ -17,7 +17,7 @@ from usbip_plugin.errors import KubeForbidden, KubeUnreachable
 from usbip_plugin.exporter.fence import READ_S, LeaseGate, decide_import, may_keep
 from usbip_plugin.locks.kept import MAX_KEPT
 from usbip_plugin.locks.protocol import LockMeta, Write, decide_acquire, released
-from usbip_plugin.locks.record import Lease
+from usbip_plugin.locks.record import BY_HAND, Lease
 from usbip_plugin.model import DeviceKey, Endpoint, Lock, NodeIdentity, ServerKey
 from usbip_sim.leases import FINE, Fate, Lost, MemoryBackend, MemoryLeases, Operation
 from usbip_sim.virtual.loop import SimClock
@@ -118,8 +118,8 @@ class Rig:
         assert taken is not None
         self.backend.replace(taken) if before else self.backend.create(taken)
 
-    def release(self, key: DeviceKey = KEY) -> None:
-        write = Write(NodeIdentity("", ""), self.clock.now(), "mark", 0.0)
+    def release(self, key: DeviceKey = KEY, *, by_hand: bool = False) -> None:
+        write = Write(NodeIdentity("", ""), self.clock.now(), BY_HAND if by_hand else "mark", 0.0)
         self.backend.replace(released(self.backend.leases[key.id], write).lease)
 
     async def admitted(self, peer: Endpoint, busid: str = "1-1") -> bool:
@@ -214,6 +214,42 @@ async def test_a_lock_that_is_emptied_or_deleted_ends_nothing(rig: Rig) -> None:
     await rig.watched()
     assert rig.gate.may_stay("1-1", A)
     assert not await rig.admitted(A)
+
+
+@pytest.mark.parametrize("bump", [0, 1000])
+@pytest.mark.parametrize("by_hand", [False, True])
+@on_gate
+async def test_a_lock_that_a_restore_sets_back_ends_nothing_until_somebody_takes_it(
+    rig: Rig, bump: int, by_hand: bool
+) -> None:
+    rig.take("node-b", B)
+    if by_hand:
+        rig.take("node-a", A)
+        rig.release(by_hand=True)
+    backup = rig.backend.backup()
+    rig.take("node-a", A)
+    assert await rig.admitted(A)
+    rig.backend.restore(backup, bump)
+    rig.store.cut()
+    await asyncio.sleep(20)
+    assert rig.gate._cache.locks[KEY.id].epoch == 1 + by_hand, "the gate has seen it"
+    assert rig.gate.may_stay("1-1", A)
+    rig.take("node-b", B)
+    await rig.watched()
+    assert not rig.gate.may_stay("1-1", A)
+
+
+@on_gate
+async def test_a_takeover_that_a_list_brings_ends_the_connection_of_the_former_holder(rig: Rig) -> None:
+    rig.take("node-a", A)
+    assert await rig.admitted(A)
+    rig.fate = lambda _operation: UNREACHABLE
+    rig.store.cut()
+    rig.take("node-b", B)
+    rig.fate = lambda _operation: FINE
+    rig.backend.compact()
+    await asyncio.sleep(20)
+    assert not rig.gate.may_stay("1-1", A)
 
 
 @on_gate
