@@ -33,7 +33,7 @@ from usbip_plugin.attach.monitor import PORT_CHECK_INTERVAL
 from usbip_plugin.attach.usage import ALLOCATION_GRACE, BOUND_POD_S, COMPLETED_POD_S
 from usbip_plugin.claims import ClaimState
 from usbip_plugin.config.schema import Config, OnLoss
-from usbip_plugin.errors import ClaimBusy
+from usbip_plugin.errors import ClaimBusy, KubeError, KubeForbidden, KubeNotFound
 from usbip_plugin.inventory.handover import RESET_GRACE
 from usbip_plugin.inventory.health import API_GRACE
 from usbip_plugin.kubelet.pod_resources import HINTED_INTERVAL
@@ -42,6 +42,7 @@ from usbip_plugin.locks.protocol import Rules
 from usbip_plugin.model import Attachment, DeviceKey, Reason
 from usbip_plugin.usbip.poller import ServerFlaw
 from usbip_sim.kubelet.device_manager import ContainerSpec
+from usbip_sim.leases import FINE, Fate, Operation
 from usbip_sim.server.server import VirtualServer
 from usbip_sim.server.usbdevice import VirtualDevice
 from usbip_sim.virtual.cluster_node import ClusterNode
@@ -657,6 +658,32 @@ async def test_a_deleted_lease_is_written_again_and_its_device_stays_attached(re
         await c.becomes(node, device, healthy=True)
         assert (lab.table.granted, node.attached()) == (1, frozenset({device}))
         assert EventKind.LOCK_LOST not in [notice.what for notice in notices]
+
+
+@stepped
+async def test_a_device_stays_attached_while_the_namespace_of_its_lease_is_deleted() -> None:
+    """The API server creates nothing in a namespace that is being deleted (NamespaceLifecycle), and 404 follows."""
+    refusals: list[KubeError] = [KubeForbidden("create", "leases", "the namespace is being terminated")]
+    lab = server("lab", stick("1-1"))
+    device = key(lab, "1-1")
+
+    def fate(_node: str, operation: Operation) -> Fate:
+        return Fate(refused=refusals[0]) if refusals and operation.verb == "create" else FINE
+
+    async with cluster(replace(spec([lab], resource("stick", [lab])), faults=fate)) as c:
+        refused, refusals[:] = refusals[0], []
+        node = await c.taken(device)
+        refusals.append(refused)
+        for name, lease in tuple(c.backend.leases.items()):
+            c.backend.delete(name, lease.resource_version)
+        await c.becomes(node, device, healthy=False)
+        assert not await c.settle(lambda: not node.attached(), 60)
+        refusals[:] = [KubeNotFound("create", "leases", "the namespace does not exist")]
+        assert not await c.settle(lambda: not node.attached(), 60)
+        refusals.clear()
+        assert await c.settle(lambda: c.holder(device) == node.name, 60), "the plugin is installed again"
+        await c.becomes(node, device, healthy=True)
+        assert lab.table.granted == 1
 
 
 @stepped

@@ -391,9 +391,10 @@ class LockManager:
         self._notify(change)
 
     def _note_twin(self, change: LockChange, lock: Lock) -> None:
-        if not change.listed:
+        listed = change.listed or not self.ready.is_set()  # before the first list, a lock is new to this node only
+        if not listed:
             self._twin_wrote[change.device_id] = self._clock.monotonic()
-        if not protocol.shows_twin(change.old, lock, self._me, listed=change.listed) or lock.boot_id in self._twins:
+        if not protocol.shows_twin(change.old, lock, self._me, listed=listed) or lock.boot_id in self._twins:
             return
         self._twins.add(str(lock.boot_id))
         extra = {"node": self._me.node, "boot": lock.boot_id, "own_boot": self._me.boot_id}

@@ -65,8 +65,13 @@ class World:
         self.backend = MemoryBackend()
         self.nodes: list[Node] = []
 
-    async def node(self, name: str, boot: str = "boot-1", rate: float = 1.0, seed: int = 1) -> Node:
-        """Adds a node, and returns it after the first list of its manager."""
+    async def node(
+        self, name: str, boot: str = "boot-1", rate: float = 1.0, seed: int = 1, listing: float = 0.0
+    ) -> Node:
+        """Adds a node, and returns it after the first list of its manager.
+
+        listing: seconds that lists take. With more than 0, returns before the first one.
+        """
         clock = SimClock(asyncio.get_running_loop(), rate)
         node: Node
 
@@ -85,7 +90,10 @@ class World:
         node = Node(manager, store, clock, asyncio.create_task(manager.run()))
         manager.subscribe(node.changes.append)
         self.nodes.append(node)
-        await manager.ready.wait()
+        if listing:
+            node.fate = lambda operation: Fate(response=listing) if operation.verb == "list" else FINE
+        else:
+            await manager.ready.wait()
         return node
 
 

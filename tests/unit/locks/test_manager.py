@@ -362,6 +362,19 @@ async def test_one_of_two_machines_of_a_name_takes_a_lock_and_the_other_waits_fo
 
 
 @on_world
+async def test_a_lock_of_an_earlier_boot_that_is_read_before_the_first_list_shows_no_living_machine(w: World) -> None:
+    await (await rebooted(w)).stop()
+    after = await w.node("a", boot="boot-2", listing=5.0)
+    after.export_state = ExportState.UNLISTED
+    with pytest.raises(LockHeld):
+        await after.manager.acquire(KEY)
+    assert not after.manager.ready.is_set()
+    after.export_state = ExportState.FREE
+    assert (await after.manager.acquire(KEY)).epoch == 2
+    assert not after.manager.ready.is_set()
+
+
+@on_world
 async def test_a_lock_that_a_living_machine_of_the_nodes_name_takes_is_not_this_nodes(w: World) -> None:
     old, new = await w.node("a", boot="boot-1"), await w.node("a", boot="boot-2")
     await old.manager.acquire(KEY)
