@@ -114,6 +114,27 @@ def test_the_namespace_admits_host_paths_whatever_the_clusters_default(kubectl: 
     assert namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "privileged"
 
 
+def test_pod_security_restricted_admits_the_pods_of_hooks(tools: Tools, kubectl: Kubectl) -> None:
+    name = "restricted"
+    kubectl("create", "namespace", name)
+    kubectl("label", "namespace", name, "pod-security.kubernetes.io/enforce=restricted")
+    kubectl("create", "serviceaccount", "default", "--namespace", name)
+    objects = tools.chart("--set", "exporter.enabled=true", namespace=name)
+    hooks = [found for found in objects.values() if "helm.sh/hook" in found["metadata"].get("annotations", {})]
+    specs = {
+        found["metadata"]["name"]: (pod_template(found) or found)["spec"]
+        for found in hooks
+        if found["kind"] in ("Job", "Pod")
+    }
+    assert specs.keys() == {"usbip-plugin-validate", "usbip-plugin-test"}
+    for hook, spec in specs.items():
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": hook, "namespace": name}, "spec": spec}
+        kubectl("create", "--dry-run=server", "-f", "-", objects=[pod])
+    privileged = {**pod, "spec": {**pod["spec"], "hostNetwork": True}}
+    with pytest.raises(AssertionError, match=r"violates PodSecurity.*host namespaces"):
+        kubectl("create", "--dry-run=server", "-f", "-", objects=[privileged])
+
+
 @pytest.mark.usefixtures("installed", "foreign_kinds")
 def test_the_api_server_rejects_an_unknown_field(tools: Tools, kubectl: Kubectl) -> None:
     objects = tools.kustomize(kustomize_directory("monitoring"))

@@ -220,6 +220,23 @@ async def test_pods_keep_their_devices_through_helm_upgrades_to_another_version_
     await bare.allocatable(place.b, "solo", 1)
 
 
+async def test_helm_refuses_a_configuration_before_it_changes_anything_and_tests_the_install(
+    bare: ClusterView, kubectl: Kubectl, helm: Helm, image: str, place: Place, tmp_path: Path
+) -> None:
+    _install_with_helm(kubectl, helm, image, place, _flags(tmp_path, place, image))
+    installed = ("get", "daemonset/usbip-plugin", "configmap/usbip-plugin", "-n", PLUGIN_NAMESPACE)
+    state = (*installed, "-o", "jsonpath={.items[*].metadata.generation} {.items[*].data}")
+    before = kubectl(*state)
+    release = ("usbip-plugin", "-n", PLUGIN_NAMESPACE)
+    wrong = ("--reuse-values", "--set", "config=resources: {solo: [{target: {}}]}")
+    with pytest.raises(AssertionError, match="pre-upgrade hooks failed"):
+        helm("upgrade", release[0], "deploy/helm/usbip-plugin", *release[1:], *wrong)
+    assert "resources.solo[0]" in kubectl("logs", "-n", PLUGIN_NAMESPACE, "job/usbip-plugin-validate")
+    assert kubectl(*state) == before
+    await bare.allocatable(place.a, "solo", 1)
+    assert "the plugin of this pod's node is ready" in helm("test", *release, "--logs")
+
+
 async def test_helm_uninstall_leaves_pods_their_devices_and_the_leases_for_the_next_install(
     bare: ClusterView, kubectl: Kubectl, helm: Helm, image: str, place: Place, tmp_path: Path
 ) -> None:

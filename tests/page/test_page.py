@@ -304,3 +304,31 @@ async def test_the_pages_work_below_a_path_behind_a_proxy_with_another_name(rig:
         assert await tab.eval("fetch('api/status').then(answer => answer.json()).then(data => data.schema)") == 1
         assert all(prefix in url or url.startswith("data:") for url in tab.requests)
         assert tab.messages == []
+
+
+async def test_devices_are_filtered_by_words_with_the_keyboard_and_after_a_refresh(
+    rig: Watched, chromium: Chromium
+) -> None:
+    await busy_day(rig)
+    tab = await chromium.tab()
+    for path in ("", "cluster"):
+        await tab.open(rig.url + path)
+        rows = tab.page.locator("#devices tbody tr")
+        every = await rows.count()
+        for _ in range(3):
+            await tab.page.keyboard.press("Tab")
+        assert await tab.eval("document.activeElement === document.querySelector('#filter input')"), "after two links"
+        await tab.page.keyboard.type("CI/flash-firmware-7 debug")
+        shown = await rows.locator("visible=true").all_inner_texts()
+        assert 0 < len(shown) < every
+        assert all("ci/flash-firmware-7" in text for text in shown)
+        assert await tab.page.locator("#filter output").inner_text() == f"{len(shown)} of {every}"
+        async with tab.refreshed():
+            pass
+        assert await rows.locator("visible=true").count() == len(shown)
+        await tab.page.keyboard.press("Escape")
+        assert await rows.locator("visible=true").count() == every
+        assert await tab.page.locator("#filter output").inner_text() == ""
+    tab = await chromium.tab(scripts=False)
+    await tab.open(rig.url)
+    assert not await tab.page.locator("#filter").is_visible(), "without scripts it would do nothing"

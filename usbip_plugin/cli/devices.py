@@ -8,7 +8,7 @@ from datetime import datetime
 from usbip_plugin.cli.explain import Listing, Offer
 from usbip_plugin.cli.lookup import NamedDevice, named
 from usbip_plugin.cli.survey import Survey, UnmatchedSelector
-from usbip_plugin.cli.tables import Columns, Row, age, stamp
+from usbip_plugin.cli.tables import Columns, Row, age, cell, stamp
 from usbip_plugin.errors import NoSuchDevice
 from usbip_plugin.locks.locked_devices import LockedDevice, last_sign, silent
 from usbip_plugin.model import DeviceKey, Lock, Reason
@@ -83,6 +83,12 @@ def select(
             raise NoSuchDevice(name, len(candidates))
         chosen |= {device.id for device in found}
     return [row for row in kept if row["id"] in chosen]
+
+
+def by_column(rows: Sequence[Row], column: str) -> list[Row]:
+    """Returns the rows sorted by a column of parser.SORT_COLUMNS. Rows without a value come last."""
+    key = {"resource": "resources", "age": "since"}.get(column, column)
+    return sorted(rows, key=lambda row: (not row[key], cell(row[key])))
 
 
 def changes(before: Sequence[Row], after: Sequence[Row]) -> list[Row]:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import NoReturn, Protocol
 
-from usbip_plugin.cli.devices import COLUMNS, changes, rows, select
+from usbip_plugin.cli.devices import COLUMNS, by_column, changes, rows, select
 from usbip_plugin.cli.nodes import NODE_COLUMNS, SERVER_COLUMNS, node_rows, server_rows
 from usbip_plugin.cli.pages import read_statuses
 from usbip_plugin.cli.parser import Exit
@@ -151,7 +151,7 @@ def _show_changes(found: Sequence[Row], options: argparse.Namespace, sizes: Sequ
 def _chosen(options: argparse.Namespace, sources: Sources, *, missing_ok: bool = False) -> list[Row]:
     found = rows(sources.survey, sources.offered(), locks_read=sources.locks_read)
     wanted = {"resource": options.resource, "node": options.node, "server": options.server}
-    return select(found, options.names, **wanted, missing_ok=missing_ok)
+    return by_column(select(found, options.names, **wanted, missing_ok=missing_ok), options.sort_by)
 
 
 def _is_filtered(options: argparse.Namespace) -> bool:

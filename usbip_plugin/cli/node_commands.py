@@ -156,6 +156,7 @@ def _process_options(options: argparse.Namespace, settings: FileSettings) -> Opt
         ),
         listen=_addresses(listen, *listen_from),
         probes=_addresses(getattr(options, "probes", ""), flag, "--probes"),
+        trace_link=getattr(options, "trace_link", ""),
         kubeconfig=options.kubeconfig,
         cdi_directory=options.cdi_directory,
         allow_extras=options.allow_extras,

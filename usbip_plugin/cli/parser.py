@@ -30,6 +30,7 @@ from usbip_plugin.config.schema import (
     DEFAULT_SYSFS,
     LOG_LEVELS,
 )
+from usbip_plugin.observe.status import TRACE_ID
 
 
 class Exit(enum.IntEnum):
@@ -70,6 +71,7 @@ MAX_CONTROLLERS = 15
 """Controllers of 16 ports that a simulated kernel may have."""
 SHELLS = ("bash", "zsh", "fish")
 FORMATS = ("table", "wide", "json", "yaml", "name")
+SORT_COLUMNS = ("device", "resource", "state", "holder", "pod", "age", "reason")
 TEXT_FORMATS = ("text", "json", "yaml")
 STDIN = "-"
 """The FILE of `validate` that stands for standard input."""
@@ -81,6 +83,7 @@ DEVICE_HELP = (
 )
 _UNITS = {"ms": 0.001, "s": 1.0, "": 1.0, "m": 60.0, "h": 3600.0}
 _DURATION = re.compile(r"([0-9]{1,6}(?:\.[0-9]{1,3})?)(ms|s|m|h|)", re.ASCII)
+_TRACE_LINK = re.compile(r"https?://[!-~]+", re.ASCII)
 WIDTH = 100
 """Characters in a line of the list of exit statuses in the help."""
 
@@ -173,6 +176,8 @@ def _local_commands(commands: Commands) -> None:
     run.add_argument("--listen", metavar="ADDRESS[,...]", help=listen)
     probes = "addresses of /healthz and /readyz alone, which visitors of the other pages cannot block (default none)"
     run.add_argument("--probes", metavar="ADDRESS[,...]", default="", help=probes)
+    link = f"where the page links to for a trace, such as https://tempo.example.com/trace/{TRACE_ID} (default none)"
+    run.add_argument("--trace-link", metavar="URL", type=_trace_link, default="", help=link)
     run.add_argument("--log-level", choices=LOG_LEVELS, help=f"lowest level to log (default {DEFAULT_LOG_LEVEL})")
     run.add_argument("--log-format", choices=("json", "text"), default="json", help="log format (default %(default)s)")
 
@@ -197,6 +202,8 @@ def _list_flags(commands: Commands) -> None:
         form = "output format (default %(default)s); name: only IDs or names"
         command.add_argument("-o", "--output", choices=FORMATS, default="table", help=form)
         command.add_argument("--no-headers", action="store_true", help=NO_HEADERS)
+    order = "column to sort by; age: those held longest come first"
+    devices.add_argument("--sort-by", choices=SORT_COLUMNS, default="device", help=f"{order} (default %(default)s)")
     devices.add_argument("-w", "--watch", action="store_true", help="after the list, show each device that changes")
     devices.add_argument("--resource", metavar="NAME", help="only devices of this resource, with or without its domain")
     devices.add_argument("--node", metavar="NAME", help="only devices that this node holds")
@@ -345,6 +352,12 @@ def _duration(text: str) -> float | None:
     if found is None:
         raise argparse.ArgumentTypeError(f"{text!r} must be a time such as 500ms, 10s, 2m or 0")
     return float(found[1]) * _UNITS[found[2]] or None
+
+
+def _trace_link(text: str) -> str:
+    if text and not (_TRACE_LINK.fullmatch(text) and TRACE_ID in text):
+        raise argparse.ArgumentTypeError(f"{text!r} must be an http:// or https:// URL with {TRACE_ID}")
+    return text
 
 
 def _config_flags(command: argparse.ArgumentParser, path: Path | None, default: str) -> None:

@@ -27,7 +27,7 @@ MEMORY = "128Mi"
 MAX_LOG_BYTES = 1 << 20
 """Bytes of the report that are read."""
 CONTAINER = "plugin"
-RUN_ONLY = ("--listen", "--probes", "--log-level", "--log-format")
+RUN_ONLY = ("--listen", "--probes", "--log-level", "--log-format", "--trace-link")
 """Flags of `run` that `check` does not have."""
 STUCK = frozenset(
     {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "CreateContainerConfigError", "CreateContainerError"}

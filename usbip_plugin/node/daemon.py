@@ -60,6 +60,7 @@ class Options:
     namespace: the namespace of the Leases.
     domain: the domain of the resource names.
     listen: the addresses of all pages, "" for none. probes: those of the pages for probes alone.
+    trace_link: as Page has it.
     kubeconfig: its path, None to find the API server as kube.client.connect does.
     allow_extras: as parse_config has it.
     """
@@ -72,6 +73,7 @@ class Options:
     pod_resources_socket: Path
     listen: str
     probes: str = ""
+    trace_link: str = ""
     kubeconfig: str | None = None
     cdi_directory: Path = Path(DEFAULT_CDI_DIRECTORY)
     allow_extras: Sequence[str] = DEFAULT_ALLOW_EXTRAS
@@ -189,7 +191,14 @@ class _Process:
         if self._options.probes:
             yield HttpServer(self._options.probes, probes, self._clock, names=names)
         if self._options.listen:
-            site = Site(self._status, self._cluster, self._metrics.render, self._recent, self._clock)
+            site = Site(
+                self._status,
+                self._cluster,
+                self._metrics.render,
+                self._recent,
+                self._clock,
+                trace_link=self._options.trace_link,
+            )
             pages = {**probes, **site.pages()}
             yield HttpServer(self._options.listen, pages, self._clock, below=site.below(), names=names)
 

@@ -17,7 +17,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from usbip_plugin.model import Reason
-from usbip_plugin.observe.status import ClusterReport, DeviceRow, NodeReport, Report
+from usbip_plugin.observe.status import TRACE_ID, ClusterReport, DeviceRow, NodeReport, Report
 from usbip_plugin.observe.traces import GAP_WIDTH, WIDTH, duration, lay_out, summary
 from usbip_plugin.observe.tracing import SpanRecord
 from usbip_plugin.sync import Steps
@@ -49,13 +49,14 @@ SHOWN_ELSEWHERE = frozenset({Reason.HELD_ELSEWHERE.value, Reason.ATTACHED.value}
 class Page:
     """Renderer of a node with its last traces, and of the cluster, as HTML.
 
+    trace_link: URL of a trace in another program, with TRACE_ID for its ID; "" for none.
     policy: value of the Content-Security-Policy header. It allows only the style and the script in page.html, images
     in data: URLs, and requests to the same origin.
     Rendering takes some milliseconds, because a trace is drawn again only if it has a new span. One page is rendered at
     a time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, trace_link: str = "") -> None:
         environment = Environment(
             loader=FunctionLoader(_source),
             autoescape=True,
@@ -75,6 +76,7 @@ class Page:
             MAX_LINES=MAX_LINES,
             SHOWN_ELSEWHERE=SHOWN_ELSEWHERE,
             state_pill=_state_pill,
+            trace_url=partial(trace_link.replace, TRACE_ID),
         )
         self._templates = {name: environment.get_template(name) for name in (PAGE, NODE, CLUSTER, PARTS, TRACE)}
         self._drawn: dict[tuple[str, int, str | None, bool], Markup] = {}

@@ -62,6 +62,7 @@ class Site:
     status, cluster: return this node, and the devices of the cluster, as they are now.
     metrics: Metrics.render.
     recent: the last traces, RECENT_TRACES at most. Only these are served.
+    trace_link: as Page has it.
     """
 
     def __init__(
@@ -71,7 +72,10 @@ class Site:
         metrics: Callable[[], Steps[tuple[bytes, str]]],
         recent: RecentSpans,
         clock: Clock,
+        *,
+        trace_link: str = "",
     ) -> None:
+        self._trace_link = trace_link
         self._status, self._cluster, self._metrics = status, cluster, metrics
         self._recent, self._clock = recent, clock
         self._page: Page | None = None
@@ -106,7 +110,7 @@ class Site:
         def load() -> Page:
             from usbip_plugin.observe.page import Page  # noqa: PLC0415 - the page of most nodes is never opened
 
-            return Page()
+            return Page(self._trace_link)
 
         if self._page is None:
             self._page = await asyncio.to_thread(load)

@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from tests.rigs.vocabulary import ATTIC, DONGLE, KEY, LAB, OTHER_KEY, STICK, descriptor
-from usbip_plugin.cli.devices import changes, rows, select
+from usbip_plugin.cli.devices import by_column, changes, rows, select
 from usbip_plugin.cli.survey import Survey
 from usbip_plugin.cli.tables import Row
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
@@ -274,3 +274,13 @@ def test_an_offer_names_the_interfaces_that_its_resource_does_not_allow(
     (offer,) = found.offers(KEY, lock.lock) or ()
     assert (offer.withheld, offer.refused) == (withheld, refused)
     assert set(offer.classes) == {one.class_ for one in interfaces}
+
+
+@pytest.mark.parametrize(("column", "order"), [("device", "abc"), ("age", "cab"), ("pod", "acb"), ("resource", "bca")])
+def test_rows_are_sorted_by_a_column_and_those_without_a_value_come_last(column: str, order: str) -> None:
+    found: list[Row] = [
+        {"device": "a", "since": "2026-05-04T03:00:00Z", "pod": "x/a", "resources": []},
+        {"device": "b", "since": None, "pod": None, "resources": ["usbip.dev/a"]},
+        {"device": "c", "since": "2026-05-04T02:00:00Z", "pod": "x/b", "resources": ["usbip.dev/a", "usbip.dev/b"]},
+    ]
+    assert "".join(str(row["device"]) for row in by_column(found, column)) == order

@@ -183,6 +183,16 @@ def test_another_request_timeout_is_refused(text: str, capsys: pytest.CaptureFix
     assert "must be a time such as 500ms, 10s, 2m or 0" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "link", ["javascript:alert(1)//{trace_id}", "https://tempo.example.com/", "https://{trace_id} x"]
+)
+def test_a_link_to_traces_that_is_no_url_of_a_trace_is_refused(link: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["run", f"--trace-link={link}"])
+    assert ended.value.code == Exit.USAGE
+    assert "must be an http:// or https:// URL with {trace_id}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["run", "export", "exported", "completion", "demo", "simulate"])
 def test_kubectl_has_only_the_commands_for_people(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:

@@ -35,13 +35,16 @@ def test_the_pod_has_the_mounts_and_rights_of_the_plugin_on_one_node_and_no_port
     assert template["containers"][0]["resources"]["limits"]["memory"] == "64Mi", "the DaemonSet is not changed"
 
 
+LINK = "--trace-link=https://tempo.example.com/trace/{trace_id}"
+
+
 @pytest.mark.parametrize(
     ("arguments", "kept"),
     [
         ([], []),
         (["run"], []),
         (["run", "--listen=:1", "--probes", ":2", "--domain=x.y"], ["--domain=x.y"]),
-        (["run", "--log-level", "debug", "--config", "/c", "--log-format=text"], ["--config", "/c"]),
+        (["run", "--log-level", "debug", "--config", "/c", "--log-format=text", LINK], ["--config", "/c"]),
     ],
 )
 def test_flags_that_only_run_has_are_left_out(arguments: list[str], kept: list[str]) -> None:

@@ -275,6 +275,13 @@ def test_a_trace_is_a_bar_for_each_span() -> None:
     assert "No activity yet" in shown(STATUS).text
 
 
+def test_a_trace_links_to_where_it_is_kept() -> None:
+    link = "https://tempo.example.com/explore?trace={trace_id}&org=1"
+    html = result_of(Page(link).node(STATUS, [[span(1)]], whole=False)).decode()
+    assert f'<a href="https://tempo.example.com/explore?trace={span(1).trace_id}&amp;org=1">' in html
+    assert "All spans of this trace" not in main(STATUS, [span(1)])
+
+
 def test_attributes_that_only_repeat_the_device_are_left_out() -> None:
     def about(number: int, device: str) -> SpanRecord:
         return span(

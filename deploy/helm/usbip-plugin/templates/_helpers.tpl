@@ -101,3 +101,44 @@ capabilities:
       mountPath: /host
       readOnly: true
 {{- end }}
+
+{{/* Of the pods of hooks, which Pod Security admits at its level `restricted`. */}}
+{{- define "usbip-plugin.hookPod" -}}
+restartPolicy: Never
+automountServiceAccountToken: false
+enableServiceLinks: false
+{{- with .Values.imagePullSecrets }}
+imagePullSecrets:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.nodeSelector }}
+nodeSelector:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+# not the plugin's own: it would be sent to nodes that are down
+tolerations:
+  - key: node-role.kubernetes.io/control-plane
+    operator: Exists
+securityContext:
+  runAsNonRoot: true
+  {{- /* OpenShift chooses one of the namespace's own */}}
+  {{- if not .Values.openshift.enabled }}
+  runAsUser: 65534
+  runAsGroup: 65534
+  {{- end }}
+  seccompProfile:
+    type: RuntimeDefault
+{{- end }}
+
+{{/* Of their containers. */}}
+{{- define "usbip-plugin.hookContainer" -}}
+image: {{ include "usbip-plugin.image" . | quote }}
+imagePullPolicy: {{ .Values.image.pullPolicy }}
+resources:
+  requests: {cpu: 10m, memory: 64Mi}
+  limits: {memory: 64Mi}
+# the problems stand in the pod's status
+terminationMessagePolicy: FallbackToLogsOnError
+securityContext:
+  {{- include "usbip-plugin.containerSecurity" (list) | nindent 2 }}
+{{- end }}
