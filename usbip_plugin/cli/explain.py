@@ -106,6 +106,7 @@ class DeviceDetails:
     held_for: the device that was lost and is plugged in under this bus ID now, by its former name; "" if none is.
     listed_in_use: devices that the server lists although living nodes have them attached.
     withheld: the interfaces that the pod's node withholds from the device, by the page of its plugin.
+    nodes: how many nodes offer one of its resources now; None if it is held or the nodes could not be read.
     """
 
     device_id: str
@@ -122,6 +123,7 @@ class DeviceDetails:
     held_for: str = ""
     listed_in_use: tuple[str, ...] = ()
     withheld: tuple[InterfaceClass, ...] = ()
+    nodes: int | None = None
 
     @property
     def device(self) -> str:
@@ -176,6 +178,8 @@ def _verdict(details: DeviceDetails) -> tuple[bool, str]:
         return False, f"{device} is in use on node {details.holder}{user}."
     if details.key is None:
         return False, f"{device} is unavailable: its lock does not name its server and bus ID."
+    if listing is Listing.UNREACHABLE and details.nodes:
+        return True, f"{device} appears to be available: nodes offer it, but its server does not answer this machine."
     if listing is Listing.UNREACHABLE:
         return False, f"{device} appears to be unavailable: its server does not answer this machine."
     if details.stuck:
@@ -194,6 +198,8 @@ def _verdict(details: DeviceDetails) -> tuple[bool, str]:
         return False, f"{device} is unavailable: node {details.holder} is silent, but its server lists devices in use."
     if details.holder:
         return True, f"{device} can be taken over: its holder, node {details.holder}, is silent."
+    if details.nodes == 0:
+        return False, f"{device} is unavailable: no node offers it."
     return True, f"{device} is available."
 
 
@@ -321,6 +327,8 @@ def _next(details: DeviceDetails) -> Iterator[str]:
         yield "Select each of them by bus_id in the configuration; docs/reference/configuration.md shows how."
     elif details.offers == ():
         yield "Add a selector for it to the configuration; docs/reference/configuration.md shows how."
+    elif details.nodes == 0:
+        yield "Read which nodes have the plugin and vhci_hcd: usbip-plugin nodes"
     elif details.offers and not all(offer.refused for offer in details.offers):
         if lock is not None and lock.failed_epoch is not None:
             yield "Read the pod's event: it names the cause. Nodes with failures offer the device again by themselves."

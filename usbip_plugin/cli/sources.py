@@ -9,11 +9,11 @@ import argparse
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from usbip_plugin.cli import lookup
-from usbip_plugin.cli.explain import DeviceDetails
+from usbip_plugin.cli.explain import DeviceDetails, Offer
 from usbip_plugin.cli.lookup import DeviceLookup, ask_servers, domain_of, find_config, items, mapping
 from usbip_plugin.cli.namespace import namespace_of
 from usbip_plugin.cli.parser import PLUGIN_LABEL
@@ -122,7 +122,17 @@ async def one_device(options: argparse.Namespace) -> AsyncIterator[tuple[KubeCli
             about = DeviceLookup(store, kube, client, clock, namespace, domain, config, source)
             async with spinner(ASKING):
                 details = await about.about(options.device)
+                if details.offers and not details.holder:
+                    details = replace(details, nodes=await _nodes_offering(kube, domain, details.offers))
         yield kube, namespace, details
+
+
+async def _nodes_offering(kube: Api, domain: str, offers: Iterable[Offer]) -> int | None:
+    nodes = await _tried(read_nodes(kube, domain))
+    if isinstance(nodes, KubeError):
+        return None
+    counts = offered(nodes)
+    return max(counts.get(offer.resource, 0) for offer in offers)
 
 
 async def read_sources(

@@ -42,6 +42,10 @@ LOG = f"read the log of the plugin on that node: kubectl -n usbip-system logs $(
         (replace(HELD, known=known("node-a", notes={})), False, "lab:3240/1-1 is in use on node node-a."),
         (replace(FREE, server=UNLISTED), False, "lab:3240/1-1 is unavailable: its server does not export it."),
         (replace(FREE, server=UNREACHABLE), False, "its server does not answer this machine."),
+        (replace(FREE, server=UNREACHABLE, nodes=0), False, "its server does not answer this machine."),
+        (replace(FREE, server=UNREACHABLE, nodes=2), True, "offer it, but its server does not answer this machine."),
+        (replace(FREE, nodes=0), False, "lab:3240/1-1 is unavailable: no node offers it."),
+        (replace(FREE, nodes=1), True, "lab:3240/1-1 is available."),
         (replace(FREE, server=HUB, offers=()), False, "it is a USB hub, and USB/IP cannot carry hubs."),
         (replace(FREE, offers=()), False, "no resource in the configuration selects it."),
         (replace(FREE, offers=None, config_source="no right to"), True, "is available."),
@@ -76,6 +80,7 @@ def test_the_verdict_says_whether_the_device_is_available(facts: DeviceDetails, 
     [
         (FREE, ["no holder (epoch 5)", "lists it as available.", "offered as usbip.dev/stick (vendor 0951)"]),
         (replace(FREE, known=None), ["no node has used it yet, or its Lease was deleted."]),
+        (replace(FREE, nodes=0), ["which nodes have the plugin and vhci_hcd: usbip-plugin nodes"]),
         (
             replace(HELD, held_for="attic:3240/7-2"),
             ["It is held for attic:3240/7-2: that device is plugged in here now."],
