@@ -32,7 +32,7 @@ PYTHONS := $(PYTHON) python3.13 python3.12 python3.11 python3.14 python3
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test model sim sim-moments test-page screenshot docs site cast test-apiserver test-kernel test-kills soak-kernel test-deploy \
+.PHONY: help demo test model sim sim-moments test-page screenshot docs site cast test-apiserver test-kernel test-kills soak-kernel test-deploy test-monitoring show-monitoring \
 	image test-image e2e tour test-kubelet test-outage soak test-node test-power \
 	bench bench-scale plots bench-kernel fuzz lint format proto constraints newest test-python versions check affected nightly flakes clean
 
@@ -92,6 +92,12 @@ soak-kernel: $(VENV)/.test ## devices attached and detached on the real kernel f
 
 test-deploy: $(VENV)/.test ## the manifests and the chart: rendered, compared, tried on a real kube-apiserver
 	$(PYTEST) tests/deploy $(ARGS)
+
+test-monitoring: $(VENV)/.test ## alerts and dashboard in a real Prometheus that watches two nodes and an exporter (built once from Go modules)
+	$(PYTEST) tests/monitoring $(ARGS)
+
+show-monitoring: $(VENV)/.test ## such a Prometheus at http://127.0.0.1:9090 until Ctrl-C, a data source for your Grafana
+	$(BIN)/python -m tests.monitoring.show $(ARGS)
 
 image: $(VENV)/.runtime ## the container image, without a registry where none answers; ARGS: see tests/lab/image/build.sh --help
 	PYTHON=$(BIN)/python tests/lab/image/build.sh $(ARGS)

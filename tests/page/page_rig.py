@@ -11,18 +11,14 @@ from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from unittest import mock
 
-import grpc
-import grpc.aio
-
 from tests.rigs.api_double import ApiDouble
+from tests.rigs.outdated_kubelet import allocate_error
 from usbip_plugin import __version__
 from usbip_plugin.attach.events import DeviceEvent, events_of
 from usbip_plugin.clock import Clock, SystemClock
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.errors import ConfigError, ServerUnreachable
 from usbip_plugin.kube.events import EventRecorder
-from usbip_plugin.kubelet import deviceplugin_pb2 as pb
-from usbip_plugin.kubelet.deviceplugin_pb2_grpc import DevicePluginStub
 from usbip_plugin.model import Descriptor, DeviceKey, Endpoint, NodeIdentity, PodRef, Reason, ServerKey, UsbId
 from usbip_plugin.node.agent import Agent, MetricHooks
 from usbip_plugin.node.cluster import cluster_of
@@ -154,15 +150,7 @@ class Watched:
 
     async def denied(self, node: SimNode, resource: str, key: DeviceKey) -> str:
         """Returns the error of an Allocate, sent like a kubelet that does not know yet that the device is held."""
-        (path,) = node.plugin_directory.glob(f"usbip-{resource}*.sock")
-        options = (("grpc.use_local_subchannel_pool", 1),)
-        async with grpc.aio.insecure_channel(f"unix:{path}", options=options) as channel:
-            request = pb.AllocateRequest(container_requests=[pb.ContainerAllocateRequest(devices_ids=[key.id])])
-            try:
-                await DevicePluginStub(channel).Allocate(request, timeout=PATIENCE_S)
-            except grpc.aio.AioRpcError as error:
-                return error.details() or ""
-        return ""
+        return await allocate_error(node.plugin_directory, resource, key.id, PATIENCE_S)
 
 
 def _entry(server: ServerKey, ids: UsbId) -> DeviceSelector:

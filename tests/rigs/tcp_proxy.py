@@ -75,9 +75,10 @@ class Proxy:
 
 
 @contextlib.asynccontextmanager
-async def proxy_to(target_port: int) -> AsyncIterator[Proxy]:
+async def proxy_to(target_port: int, host: str = "127.0.0.1", port: int = 0) -> AsyncIterator[Proxy]:
+    """Runs a proxy at an address of this machine. port: 0 for any."""
     proxy = Proxy(target_port)
-    server = await asyncio.start_server(proxy.serve, "127.0.0.1", 0)
+    server = await asyncio.start_server(proxy.serve, host, port)
     proxy.port = server.sockets[0].getsockname()[1]
     try:
         yield proxy

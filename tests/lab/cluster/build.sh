@@ -5,7 +5,8 @@
 #   nodes       the rest of a control plane, kubelet, kubectl, containerd, runc, CNI plugins
 #   kind        kind, kubeadm, kube-proxy, coredns
 #   helm        helm
-#   promtool    promtool, and the resource definitions of the Prometheus operator and OpenShift in ../crds
+#   promtool    promtool, prometheus without its pages, and the resource definitions of the Prometheus operator and OpenShift
+#               in ../crds
 #   release     actionlint, helm-docs, validate-krew-manifest
 # K8S=1.31|1.33|1.35|1.36|1.37 and CONTAINERD=1.7|2.4 choose other versions; the newest are the default.
 # Kept in the cache ($USBIP_PLUGIN_CACHE, default ~/.cache/usbip-plugin). What is missing or has another version is built from
@@ -193,8 +194,10 @@ group() {
       ;;
     promtool)
       # without the clients of thirty clouds, and without their download
-      GOFLAGS=-tags=remove_all_sd command_of promtool "github.com/prometheus/prometheus@v$PROMETHEUS" \
-        github.com/prometheus/prometheus/cmd/promtool "${plain[@]}"
+      module=github.com/prometheus/prometheus
+      for name in promtool prometheus; do
+        GOFLAGS=-tags=remove_all_sd command_of "$name" "$module@v$PROMETHEUS" "$module/cmd/$name" "${plain[@]}"
+      done
       resource_definitions "github.com/prometheus-operator/prometheus-operator@v$OPERATOR" \
         example/prometheus-operator-crd/monitoring.coreos.com_ .yaml podmonitors prometheusrules
       resource_definitions "github.com/openshift/api@v$OPENSHIFT" 'payload-manifests/crds/*_' .crd.yaml securitycontextconstraints
