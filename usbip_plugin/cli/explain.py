@@ -10,7 +10,7 @@ from datetime import datetime
 
 from usbip_plugin.cli.parser import PLUGIN_LABEL
 from usbip_plugin.cli.tables import ago, stamp
-from usbip_plugin.config.scalars import class_name
+from usbip_plugin.config.selectors import class_name
 from usbip_plugin.locks.locked_devices import LockedDevice, last_sign, silent
 from usbip_plugin.model import DeviceKey, InterfaceClass, Lock, described
 

@@ -32,12 +32,6 @@ CLASS_NAMES = {
     "vendor": 0xFF,
 }
 
-
-def class_name(code: int) -> str:
-    """Returns how a configuration file writes a USB class: its first name in CLASS_NAMES, else two hex digits."""
-    return next((name for name, known in CLASS_NAMES.items() if known == code), f'"{code:02x}"')
-
-
 _HEX = re.compile(r"(?:0[xX])?([0-9a-fA-F]{1,4})")
 _USB_ID = re.compile(r"([0-9a-fA-F]{4}):([0-9a-fA-F]{4})")
 MAX_NUMBER_CHARACTERS = 64
