@@ -98,7 +98,7 @@ _CLASS_OF_KIND = {"hidraw": HID_CLASS, "input": HID_CLASS}
 
 
 def class_name(code: int) -> str:
-    """Returns how a configuration file writes a USB class: its first name in scalars.CLASS_NAMES, else two hex digits."""
+    """Returns how a configuration file writes a USB class: its first name in CLASS_NAMES, else two hex digits."""
     return next((name for name, known in scalars.CLASS_NAMES.items() if known == code), f'"{code:02x}"')
 
 
