@@ -543,6 +543,10 @@ async def test_explain_says_whether_a_device_is_free_or_who_holds_it(
     config = tmp_path / "config.yaml"
     config.write_text(cluster.config)
     ran = await terminal.run("explain", str(cluster.free), "--config", str(config))
+    assert (ran.status, ran.err) == (Exit.PROBLEM, "")
+    assert ran.out.startswith(f"{cluster.free} is unavailable: no node offers it.\n")
+    cluster.configure()
+    ran = await terminal.run("explain", str(cluster.free), "--config", str(config))
     assert (ran.status, ran.err) == (Exit.DONE, "")
     assert ran.out.startswith(f"{cluster.free} is available.\n")
     assert "It is offered as usbip.dev/stick (vendor 0951)." in ran.out
