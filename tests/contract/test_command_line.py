@@ -647,7 +647,7 @@ async def test_config_map_names_the_config_map_to_read(cluster: Cluster, termina
         cluster.api.objects[f"{CONFIG_MAPS}/{name}"] = {"data": {"config.yaml": text}}
     assert "usbip.dev/stick" in (await terminal.run("explain", "1-2")).out
     ran = await terminal.run("explain", "1-2", "--config-map", "another")
-    assert ran.status == Exit.DONE
+    assert ran.status == Exit.PROBLEM, "no node offers it"
     assert "It is offered as usbip.dev/dongle (vendor 0951)." in ran.out
     ran = await terminal.run("release", "1-2", "--config-map", "another")
     assert (ran.status, "nothing to release" in ran.out) == (Exit.DONE, True)

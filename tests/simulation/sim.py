@@ -207,7 +207,7 @@ def sum_up(total: Figures) -> None:
 def report(name: str, plan: Plan, directory: Path) -> int:
     """Prints the shortest timeline of a broken promise, and writes its plan to a file of this name."""
     found = play(plan)
-    print(f"{name} breaks a promise ({found.violation}); leaving out what it does not need takes minutes", flush=True)
+    print(f"{name} breaks a promise ({found.violation}); making its plan shorter takes minutes", file=sys.stderr)
     least, result = shrink(plan, found)
     assert result.violation is not None
     text = text_of(KeptPlan(str(result.violation), result.violation.name, least))

@@ -15,10 +15,6 @@ SCHEMA = 1
 """Version of the JSON under /api, its key `schema`. It grows when a key is removed or changes its meaning."""
 
 
-TRACE_ID = "{trace_id}"
-"""What stands for the ID of a trace in the URL to which the page links."""
-
-
 @dataclass(frozen=True, slots=True)
 class DeviceRow:
     """A device as one resource of this node offers it.

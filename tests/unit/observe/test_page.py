@@ -478,9 +478,9 @@ async def test_the_event_loop_runs_while_the_page_is_loaded(monkeypatch: pytest.
     loads = []
 
     class WaitsForTheLoop(Page):
-        def __init__(self) -> None:
+        def __init__(self, trace_link: str = "") -> None:
             loads.append(loop_ran.wait(PATIENCE_S))
-            super().__init__()
+            super().__init__(trace_link)
 
     monkeypatch.setattr(page, "Page", WaitsForTheLoop)
     site = site_of(STATUS, RecentSpans())
