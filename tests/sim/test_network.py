@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 
 import pytest
 
+from usbip_plugin.clock import SystemClock
 from usbip_plugin.errors import DeviceBusy, ServerTimeout, ServerUnreachable, SourceClosing, SourceNotLocal, UsbipError
 from usbip_plugin.model import DeviceKey, Endpoint, UsbId
 from usbip_plugin.usbip.client import Imported, TcpUsbipClient
-from usbip_sim.server.server import RESET_TIME, VirtualServer
+from usbip_sim.server.server import RESET_TIME, ServerConnection, VirtualServer
 from usbip_sim.server.usbdevice import VirtualDevice
 from usbip_sim.virtual.loop import SimClock
 from usbip_sim.virtual.network import Host, Link, Network
@@ -20,6 +22,9 @@ LATENCY = 0.01
 ROUND = 4 * LATENCY
 """Seconds of a connection, a request and its answer."""
 TIMEOUT = 1.0
+
+PATIENCE_S = 10.0
+"""Seconds after which a test that waits for a real socket fails."""
 
 
 class Node:
@@ -397,3 +402,16 @@ async def test_a_client_that_was_frozen_past_its_timeout_sends_no_request(step: 
         outcome.close()
     else:
         assert isinstance(outcome, UsbipError)
+
+
+async def test_a_connection_that_is_accepted_as_its_server_stops_is_ended() -> None:
+    server = VirtualServer([], "127.0.0.1", clock=SystemClock())
+    await server.start()
+    loop = asyncio.get_running_loop()
+    accepted = ServerConnection(server)
+    server.halt()
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as theirs:
+        await loop.connect_accepted_socket(lambda: accepted, listener.accept()[0])
+        theirs.setblocking(False)
+        async with asyncio.timeout(PATIENCE_S):
+            assert await loop.sock_recv(theirs, 1) == b"", "closed"

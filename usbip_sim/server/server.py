@@ -184,6 +184,9 @@ class ServerConnection(asyncio.Protocol):
             with contextlib.suppress(OSError):  # the connection has ended already
                 set_options(sock)
         self._server.opened(self)
+        if not self._server.running:  # it was accepted just before the server stopped
+            self.end()
+            return
         # Soon, not now: before CPython 3.11.4 the transport starts to read after this call, even if paused in it.
         asyncio.get_running_loop().call_soon(lambda: self.pause(self._server.frozen))
 
