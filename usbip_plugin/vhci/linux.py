@@ -120,9 +120,8 @@ class SysfsVhci:
 
     async def ports(self) -> tuple[PortState, ...]:
         rows = self._table.all()
-        for port in self._interfaces.held():
-            if rows[port].status is PortStatus.NULL:  # its connection has ended
-                self._interfaces.release(port)
+        for port in self._interfaces.held() - {p.number for p in rows if p.status is not PortStatus.NULL}:
+            self._interfaces.release(port)  # its connection has ended
         return tuple(self._free_state(p) if p.status is PortStatus.NULL else self._state(p) for p in rows)
 
     def _free_state(self, port: Port) -> PortState:
