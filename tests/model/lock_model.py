@@ -60,6 +60,8 @@ class Bounds:
     slow: reading a session takes time, and the quiet time of lock and session is recorded to check R4.
     meddling: somebody may empty the lock; then only the reaction of each node is checked.
     twins: a new machine may take the name of one that has the device, is cut off and goes on.
+    living_twins: another machine of a node's name may take the free lock and import. Its import does not outlast a
+        start of the node's plugin, which would not know of its write.
     lists_in_use: the server lists the device even if it is in use, and the nodes know that.
     outages: there are times in which a node cannot read lock and session.
     fenced: the server is the exporter with its fence. Imports have no window then: a node may be frozen for any time
@@ -76,6 +78,7 @@ class Bounds:
     slow: bool = False
     meddling: bool = False
     twins: bool = False
+    living_twins: bool = False
     lists_in_use: bool = False
     outages: bool = False
     fenced: bool = False
@@ -96,6 +99,7 @@ class Habits:
     believes_every_list: bool = False  # R4: also that of a server that lists devices in use
     counts_outages: bool = False  # R4: goes on with an observation after an outage
     lets_go_while_attached: bool = False  # R5
+    releases_living_twins: bool = False  # R3
     takes_silence_for_yes: bool = False  # R7
     fence_trusts_its_watch: bool = False  # decides without a read of the lock after the import has arrived
     fence_reads_old_locks: bool = False  # any record that the lock ever had will do
@@ -199,6 +203,8 @@ class Node(NamedTuple):
     informed: it has read that the lock is another node's, and has the device attached.
     lost: time since it has read that another node holds the lock of the device that it has attached.
     twin: another machine of its name, with an earlier boot, has the device.
+    twin_until: end of that machine's import window, on its own clock.
+    twin_wrote: time since the node saw that machine write the lock.
     sight: of the node's connection, present or next; only if Bounds.fenced, as the two below.
     due: the lock named its connection when its import arrived.
     read: the exporter has read the lock since its import arrived.
@@ -218,6 +224,8 @@ class Node(NamedTuple):
     informed: bool = False
     lost: float | None = None
     twin: bool = False
+    twin_until: float | None = None
+    twin_wrote: float | None = None
     sight: Sight = Sight()
     due: bool = False
     read: bool = False
@@ -261,7 +269,10 @@ class Model:
 
     def users(self, node: Node) -> int:
         """Returns how many machines of this node's name have the device, or may still import it."""
-        return int(self.live(node)) + int(node.twin)
+        return int(self.live(node)) + int(self._twin_has_it(node))
+
+    def _twin_has_it(self, node: Node) -> bool:
+        return node.twin or self.may_import(node.twin_until)
 
     def broken(self, node: Node) -> str | None:
         """Returns the promise about a single node that this node breaks."""
@@ -269,7 +280,9 @@ class Model:
             return KEEPS_LOST
         if self.bounds.meddling or self.bounds.fenced:
             return None  # the exporter reads of another holder later
-        if (self.live(node) and node.holds is not Hold.NOW) or (node.twin and node.holds not in (Hold.OLD, Hold.LEFT)):
+        if (self.live(node) and node.holds is not Hold.NOW) or (
+            self._twin_has_it(node) and node.holds not in (Hold.OLD, Hold.LEFT)
+        ):
             return NOT_NAMED
         return None
 
@@ -308,6 +321,7 @@ class Model:
         for stray in node.strays:
             yield Step(f"given up before, takes effect: {self.words(stray)}", self.replaced(node, stray.origin), stray)
         yield from self._use(node, lock)
+        yield from self._twin(node, lock)
         yield from self._die(node)
         if self.bounds.meddling and node.use is Use.ATTACHED and lock is not LockView.MINE:
             yield from self._withdraw(node, lease)
@@ -351,6 +365,8 @@ class Model:
     def _acquire(self, node: Node, lease: Lease | None, unused: bool) -> Iterator[Step]:
         """Acquires as LockManager.acquire does: an observation of another node's lock is confirmed by one more read."""
         listed, observation, quiet = self._listed(node, unused), node.observation, node.quiet
+        if node.twin_wrote is not None and protocol.of_another_boot(lease, ME):
+            listed = listed and not self.rules.twin_may_import(node.twin_wrote, node.window)
         if self.bounds.lists_in_use and protocol.is_left(lease, ME):
             listed = True
         taking = lease is not None and lease.holder not in ("", ME.node)
@@ -435,7 +451,8 @@ class Model:
                 strays = tuple(sorted({*node.strays, target}))
                 yield Step("sends an annotation", node._replace(strays=strays), broken=broken)
         if node.use is Use.IDLE or (node.use is Use.ATTACHED and self.habits.lets_go_while_attached):
-            decision = self.rules.decide_release(lease, self.write(node), self._evident(unused))
+            alive = node.twin_wrote is not None and not self.habits.releases_living_twins
+            decision = self.rules.decide_release(lease, self.write(node), self._evident(unused) and not alive)
             target, broken = self.target(lease, decision)
             if target is not None:
                 strays = tuple(sorted({*node.strays, target}))
@@ -457,8 +474,17 @@ class Model:
                 yield Step("its import is over, or too late", node._replace(use=Use.IDLE, until=None))
         elif node.use is Use.ATTACHED:
             yield Step("detaches, or the server let it drop", self.disconnected(node))
+
+    def _twin(self, node: Node, lock: LockView) -> Iterator[Step]:
+        """Yields the steps of another machine of this node's name."""
         if node.twin:
-            yield Step("the cut-off machine lets the device go", node._replace(twin=False))
+            yield Step("the other machine lets the device go", node._replace(twin=False))
+        elif self.may_import(node.twin_until):
+            yield Step("the other machine imports", node._replace(twin=True, twin_until=None))
+            yield Step("the other machine could not import", node._replace(twin_until=None))
+        elif self.bounds.living_twins and lock is LockView.FREE:
+            wrote = node._replace(twin_until=node.window, twin_wrote=0.0)
+            yield Step("another machine of its name takes the lock", wrote, Target(ME.node, Hold.OLD))
 
     def _ask(self, node: Node) -> Iterator[Step]:
         """Yields the answers of the exporter to an import."""
@@ -604,6 +630,10 @@ class Model:
             after = after._replace(until=node.until - rate)
         if node.lost is not None:
             after = after._replace(lost=min(node.lost + rate, node.window))
+        if node.twin_until is not None:
+            after = after._replace(twin_until=node.twin_until - min(self.bounds.rates))
+        if node.twin_wrote is not None:
+            after = after._replace(twin_wrote=min(node.twin_wrote + rate, 2 * node.window))
         if self.bounds.slow and others:
             after = after._replace(quiet=node.quiet + rate)
         return self.tidy(after)
@@ -620,6 +650,8 @@ class Model:
             if until == oldest and not self.may_import(until) and node.use is not Use.IMPORTING:
                 until = None
         after = node._replace(until=until, quiet=min(node.quiet, self.bounds.longest), observation=self._tidy(node))
+        if not self.may_import(node.twin_until):
+            after = after._replace(twin_until=None)
         if node.reading is not None:
             after = after._replace(reading=node.reading._replace(asked=max(node.reading.asked, oldest)))
         operation = node.operation

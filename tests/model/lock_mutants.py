@@ -144,6 +144,14 @@ def left_in_any_case(lease: Lease | None, write: Write, _evident: bool) -> Decis
     return protocol.decide_release(lease, write, True)
 
 
+def not_awaited(_seen_for: float, _window: float) -> bool:
+    return False
+
+
+def one_window(seen_for: float, window: float) -> bool:
+    return seen_for < window
+
+
 def detached_at_once(lock: Lock | None, me: NodeIdentity, _held_for: float, window: float) -> Loss:
     loss = protocol.decide_loss(lock, me, math.inf, window)
     return Loss.DETACH if loss is Loss.REGAIN else loss
@@ -217,6 +225,24 @@ MUTANTS = (
         NOT_NAMED,
         rules=Rules(decide_release=released_under_any_boot),
         bounds=Bounds(twins=True),
+    ),
+    Mutant(
+        "R3",
+        "taken-before-the-other-machine-imports",
+        rules=Rules(twin_may_import=not_awaited),
+        bounds=Bounds(living_twins=True, amends=False),
+    ),
+    Mutant(
+        "R3",
+        "one-window-for-the-other-machine",
+        rules=Rules(twin_may_import=one_window),
+        bounds=Bounds(living_twins=True, amends=False),
+    ),
+    Mutant(
+        "R3",
+        "a-living-machine's-lock-is-left",
+        habits=Habits(releases_living_twins=True),
+        bounds=Bounds(living_twins=True, amends=False),
     ),
     Mutant("R3", "left-is-free", rules=Rules(decide_acquire=left_is_free), bounds=Bounds(twins=True)),
     Mutant(

@@ -21,6 +21,7 @@ QUICK: Mapping[str, Bounds] = {
     "two nodes, sessions that are slow to read": Bounds(slow=True, amends=False, reboots=False),
     "two nodes, locks emptied under a device in use": Bounds(meddling=True, amends=False),
     "two nodes, two machines of one name": Bounds(twins=True),
+    "two nodes, another living machine of a node's name": Bounds(living_twins=True, amends=False),
     "two nodes, a server that lists devices in use": Bounds(lists_in_use=True),
     "two nodes, two machines of one name, a server that lists devices in use": Bounds(twins=True, lists_in_use=True),
     "two nodes, outages, sessions that are slow to read": Bounds(slow=True, amends=False, reboots=False, outages=True),

@@ -289,7 +289,9 @@ class Search:
         if node.use is Use.ATTACHED:
             words.append("has the device")
         if node.twin:
-            words.append("a cut-off machine of its name has the device")
+            words.append("another machine of its name has the device")
+        if node.twin_until is not None:
+            words.append(f"another machine of its name may import for {node.twin_until:g}")
         if self.bounds.fenced and (node.until is not None or node.use is Use.ATTACHED):
             words += ["the lock names its connection"] * node.sight.named
             words += ["the exporter has read that"] * node.sight.seen

@@ -69,7 +69,16 @@ def test_everything_happens_to_a_device_in_use() -> None:
         "sends, to regain",
         "detaches for another holder",
         "a new machine takes its name",
-        "the cut-off machine lets the device go",
+        "the other machine lets the device go",
+    }
+
+
+def test_everything_happens_to_two_machines_of_one_name() -> None:
+    assert search(Model(Bounds(living_twins=True, amends=False))).moves >= {
+        "another machine of its name takes the lock",
+        "the other machine imports",
+        "the other machine could not import",
+        "the other machine lets the device go",
     }
 
 

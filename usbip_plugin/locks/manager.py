@@ -31,6 +31,8 @@ from usbip_plugin.usbip.poller import ExportState
 logger = logging.getLogger(__name__)
 
 # Seconds between two tries to release locks whose acquire() was given up.
+MAX_TWINS = 16
+"""Boot IDs of other machines of this node's name that are remembered. Whoever may write the locks chooses them."""
 ORPHAN_RETRY_S = 5.0
 
 
@@ -126,7 +128,7 @@ class LockManager:
         self._device_locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         self._mine: set[str] = set()
         self._tenures: dict[str, Tenure] = {}  # by device ID: the last hold by this boot
-        self._twins: set[str] = set()  # boot IDs of other machines of this node's name, seen to be alive
+        self._twins: dict[str, None] = {}  # boot IDs of other machines of this node's name, seen to be alive
         self._twin_wrote: dict[str, float] = {}  # by device ID: when another boot of this node was last seen to write
         self._taking = 0
         # By device ID: the epoch that an acquire() may have begun before it was given up.
@@ -396,13 +398,16 @@ class LockManager:
             self._twin_wrote[change.device_id] = self._clock.monotonic()
         if not protocol.shows_twin(change.old, lock, self._me, listed=listed) or lock.boot_id in self._twins:
             return
-        self._twins.add(str(lock.boot_id))
+        self._twins[str(lock.boot_id)] = None
+        if len(self._twins) > MAX_TWINS:
+            del self._twins[next(iter(self._twins))]
         extra = {"node": self._me.node, "boot": lock.boot_id, "own_boot": self._me.boot_id}
         logger.error("another machine has this node's name", extra=extra)
 
     def _twin_may_import(self, device_id: str) -> bool:
         wrote = self._twin_wrote.get(device_id)
-        return wrote is not None and self._clock.monotonic() < wrote + self.settings.import_window
+        window = self.settings.import_window
+        return wrote is not None and self.rules.twin_may_import(self._clock.monotonic() - wrote, window)
 
     def _status_changed(self, device_id: str) -> None:
         lock = self.locks.get(device_id)

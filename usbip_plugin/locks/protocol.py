@@ -3,7 +3,7 @@
 R1 Write before touch: within the import window before an import, a compare-and-swap write on the lock has succeeded.
 R2 Free: no object, or an empty holder.
 R3 Mine: by node and by boot. Another boot of this node: only if the server, asked then, lists the device as free, and
-   no machine with this boot was seen to write the lock within an import window.
+   no machine with this boot was seen to write the lock within two import windows.
    Such a lock that nobody needs is left: it has no holder, but keeps its boot, and the next taker asks the server.
 R4 Expired: unchanged for a whole duration, and after that the server, asked again, lists the device as free.
    The list of a server that was seen to list devices in use shows nothing.
@@ -258,6 +258,15 @@ def shows_twin(old: Lock | None, new: Lock, me: NodeIdentity, *, listed: bool) -
     return not listed if old is None else new.epoch > old.epoch
 
 
+def twin_may_import(seen_for: float, import_window: float) -> bool:
+    """Returns whether an import under a write by another boot of this node may not have begun yet (R1, R3).
+
+    seen_for: seconds since this process saw the write. Two windows pass here while at least one passes on the clock of
+    the machine that wrote.
+    """
+    return seen_for < 2 * import_window
+
+
 @dataclass(frozen=True, slots=True)
 class Tenure:
     """A hold of a lock by this boot: the uid of the Lease, and the epoch."""
@@ -405,3 +414,4 @@ class Rules:
     import_deadline: Callable[[float, float], float] = import_deadline
     may_import: Callable[[float, float], bool] = may_import
     decide_loss: Callable[[Lock | None, NodeIdentity, float, float], Loss] = decide_loss
+    twin_may_import: Callable[[float, float], bool] = twin_may_import
