@@ -119,7 +119,9 @@ def resolve(server: ServerKey) -> Addresses:
         ]
     except _NO_ADDRESS as error:
         reason = error.strerror if isinstance(error, socket.gaierror) else str(error)
-        raise ServerUnreachable(server, f"no such host: {reason}") from error
+        is_multicast = server.host.lower().rstrip(".").endswith(".local")  # RFC 6762
+        cure = "; pods do not resolve names that end in .local: use its address" if is_multicast else ""
+        raise ServerUnreachable(server, f"no such host: {reason}{cure}") from error
 
 
 class Connector:

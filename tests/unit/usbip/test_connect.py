@@ -254,6 +254,15 @@ def test_the_hosts_file_comes_first(names: dict[str, str], tmp_path: Path) -> No
     assert resolve(ServerKey("lab-pi.lan")) == [address(OF_A_SERVICE, 3240)]
 
 
+@pytest.mark.usefixtures("names")
+def test_a_name_of_multicast_dns_is_explained() -> None:
+    with pytest.raises(ServerUnreachable, match=r"no such host: .*; pods do not resolve names that end in \.local"):
+        resolve(ServerKey("raspberrypi.local"))
+    with pytest.raises(ServerUnreachable) as other:
+        resolve(ServerKey("raspberrypi.lan"))
+    assert ".local" not in str(other.value)
+
+
 @pytest.mark.parametrize("host", ["no..host", "x" * 300])
 async def test_an_impossible_name_is_an_unknown_host(host: str) -> None:
     connector = Connector()
