@@ -202,6 +202,12 @@ def test_a_list_of_more_devices_than_are_read_is_cut(count: int) -> None:
     assert why_unlisted(reply.problems, "2-1") == reply.problems[0]
 
 
+def test_a_web_server_is_recognised() -> None:
+    for reply in (devlist_reply(), import_reply("1-2")):
+        with pytest.raises(ProtocolViolation, match="a web server"):
+            decode(reply, b"HTTP/1.1 400 Bad Request\r\n")
+
+
 @pytest.mark.parametrize("number", [MAX_INTERFACES + 1, 40, 0xFF])
 def test_a_device_with_more_interfaces_than_are_kept_hides_nothing(number: int) -> None:
     stick, camera, _ = decode(devlist_reply(), golden("devlist_three"))[0].devices

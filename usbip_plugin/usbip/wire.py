@@ -207,6 +207,8 @@ def decode(decoding: Decoding[T], data: bytes) -> tuple[T, bytes]:
 
 def _decode_header(raw: bytes, expected: int) -> int:
     version, code, status = _OP.unpack(raw)
+    if raw.startswith(b"HTTP"):
+        raise ProtocolViolation("the port is that of a web server, which answers HTTP")
     if version != VERSION:
         raise ProtocolViolation(f"expected version {VERSION:#06x}, got {version:#06x}")
     if code != expected:
