@@ -130,6 +130,8 @@ class InterfaceClass:
     protocol: int
 
 
+TRACE_ID = "{trace_id}"
+"""What stands for the ID of a trace in --trace-link."""
 HID_CLASS = 0x03
 _NETWORK_SUBCLASSES = frozenset({0x06, 0x0A, 0x0C, 0x0D, 0x0E})  # of COMM_CLASS: ECM, MDLM, EEM, NCM, MBIM
 

@@ -29,8 +29,8 @@ from usbip_plugin.config.schema import (
     DEFAULT_STATE_DIRECTORY,
     DEFAULT_SYSFS,
     LOG_LEVELS,
-    TRACE_ID,
 )
+from usbip_plugin.model import TRACE_ID
 
 
 class Exit(enum.IntEnum):

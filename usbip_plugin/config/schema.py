@@ -101,8 +101,6 @@ DEFAULT_POD_RESOURCES_SOCKET = "/var/lib/kubelet/pod-resources/kubelet.sock"
 DEFAULT_CDI_DIRECTORY = "/var/run/cdi"
 DEFAULT_LOG_LEVEL = "info"
 DEFAULT_LISTEN = "127.0.0.1:8080"
-TRACE_ID = "{trace_id}"
-"""What stands for the ID of a trace in --trace-link."""
 LOG_LEVELS = ("all", "debug", "info", "warn", "error", "none")
 
 DEFAULT_LOCK_DURATION_S = 40.0

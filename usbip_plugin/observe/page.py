@@ -16,8 +16,7 @@ from typing import TypeVar
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
-from usbip_plugin.config.schema import TRACE_ID
-from usbip_plugin.model import Reason
+from usbip_plugin.model import TRACE_ID, Reason
 from usbip_plugin.observe.status import ClusterReport, DeviceRow, NodeReport, Report
 from usbip_plugin.observe.traces import GAP_WIDTH, WIDTH, duration, lay_out, summary
 from usbip_plugin.observe.tracing import SpanRecord
