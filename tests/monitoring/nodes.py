@@ -234,7 +234,11 @@ async def watched_exporter(home: Path, api_port: int, usbip: int, page: int) -> 
     async with api_proxy(home, api_port) as api:
         exporter = WatchedExporter(home, api, usbip, page)
         exporter.configure()
-        with mock.patch.object(daemon, "make_host", return_value=exporter.host):
+        loop = asyncio.get_running_loop()
+        with (
+            mock.patch.object(daemon, "make_host", return_value=exporter.host),
+            mock.patch.object(loop, "add_signal_handler"),  # signals are for the whole process
+        ):
             try:
                 yield exporter
             finally:

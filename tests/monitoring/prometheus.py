@@ -17,8 +17,8 @@ from tests.rigs.command_rig import LIMIT_S
 
 FOR = "1s"
 """Replaces `for` of every alert that has one, up to 15 minutes. An expression is never changed."""
-SCRAPE, EVALUATE = "1s", "500ms"
-"""Intervals. The pages are made at most once a second."""
+SCRAPE, EVALUATE = "2s", "500ms"
+"""Intervals. A scrape may take as long as its interval, and waits up to 1 s: no page is made twice in a second."""
 POLL_S = 0.2
 """Seconds between two questions to Prometheus, which has no event for an alert."""
 
@@ -121,7 +121,7 @@ class Prometheus:
 
         def names(node: Any) -> Iterator[str]:
             if isinstance(node, dict):
-                if node.get("type") == "vectorSelector":
+                if node.get("type") in ("vectorSelector", "matrixSelector"):
                     yield node["name"]
                 for child in node.values():
                     yield from names(child)

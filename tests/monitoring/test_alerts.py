@@ -41,7 +41,6 @@ def test_every_alert_is_caused_here_or_named(monitoring: Monitoring) -> None:
     assert not caused & NEVER_CAUSED
 
 
-@pytest.mark.short
 async def test_a_server_that_is_away(monitoring: Monitoring, unused_tcp_port_factory: FREE_PORT) -> None:
     async with watched(monitoring, unused_tcp_port_factory) as fleet:
         server, seen = str(fleet.a.server), fleet.prometheus

@@ -53,7 +53,7 @@ async def eventful_day(fleet: Fleet) -> None:
     assert await allocate_error(fleet.b.home / "plugins", "meter", fleet.b.device(METER_AT).id, LIMIT_S)
     fleet.server.drop(METER_AT)
     await fleet.prometheus.until("sum(increase(usbip_device_plugin_reattaches_total[5m])) > 0")
-    await fleet.prometheus.until("rate(usbip_device_plugin_api_errors_total[5m])")
+    await fleet.prometheus.until('rate(usbip_device_plugin_api_errors_total{verb="create"}[5m])')
 
 
 @pytest.mark.short
