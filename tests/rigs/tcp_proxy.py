@@ -42,7 +42,10 @@ class Proxy:
         try:
             if self.refusing:
                 return
-            far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self.target)
+            try:
+                far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self.target)
+            except ConnectionRefusedError:
+                return
             self._writers.add(far_writer)
             try:
                 await asyncio.gather(self._pump(reader, far_writer), self._pump(far_reader, writer))
