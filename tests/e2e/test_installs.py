@@ -9,6 +9,7 @@ import asyncio
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from tests.e2e.test_restarts import Identity, identity, same
 from tests.e2e.workloads import pod, pod_spec, run_pod
 from usbip_plugin.kube.client import connect
 
+WITHOUT_USB = Path(__file__).with_name("without_usb.py")
 HELM_S = 150.0
 ROLLOUT_S = 120
 KERNEL_SOCKET = "/run/vhci_hcd/simulated.sock"
@@ -89,6 +91,8 @@ def helm(kubectl: Kubectl) -> Helm:
 
     def run(*arguments: str) -> str:
         command = [found, "--kubeconfig", kubectl.kubeconfig, *arguments]
+        if arguments[0] in ("install", "upgrade"):
+            command += ["--post-renderer", sys.executable, "--post-renderer-args", str(WITHOUT_USB)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HELM_S, check=False)
         assert done.returncode == 0, f"{shlex.join(arguments)}: {done.stderr}"
         return done.stdout
