@@ -88,6 +88,10 @@ class UsbServer(Guest):
         await self.until(lambda: self.now.status.get(busid) == FREE, f"{busid} is free", limit)
         return time.monotonic()
 
+    async def until_exported_to(self, *nodes: str) -> None:
+        """Waits until the kernel has a connection of each of these nodes and no other. Reports come two looks late."""
+        await self.until(lambda: self.now.nodes() == sorted(nodes), f"it exports devices to {', '.join(nodes)} only")
+
     def nodes_since(self, at: float) -> set[str]:
         """Returns the nodes that have been connected since a moment."""
         later = [exports for exports in self.history if exports.at > at]
