@@ -20,7 +20,7 @@ from usbip_plugin.errors import ConfigError, DeviceBusy, ImportRefused
 from usbip_plugin.exporter import daemon
 from usbip_plugin.exporter.exports import ImportResult
 from usbip_plugin.exporter.gate import OpenGate
-from usbip_plugin.exporter.server import ExportServer, listen
+from usbip_plugin.exporter.server import ExportServer, bind_sockets
 from usbip_plugin.locks.protocol import LockMeta, Write, decide_acquire
 from usbip_plugin.model import DeviceKey, Endpoint, NodeIdentity, ServerKey
 from usbip_plugin.usbip.client import Imported, TcpUsbipClient
@@ -51,7 +51,7 @@ class Lab(ExporterRig):
 
     @contextlib.asynccontextmanager
     async def serving(self, home: Path) -> AsyncIterator[None]:
-        sockets = listen("127.0.0.1", 0)
+        sockets = bind_sockets("127.0.0.1", 0)
         port = sockets[0].getsockname()[1]
         self.key = DeviceKey(ServerKey("127.0.0.1", port), "1-1")
         made = options(home, self.api.kubeconfig())
@@ -60,6 +60,7 @@ class Lab(ExporterRig):
             await contexts.enter_async_context(self.running())
             await contexts.enter_async_context(background(self.gate.run()))
             server = ExportServer(sockets, self.exports, self.clock, None)
+            server.listen()
             await contexts.enter_async_context(background(server.run()))
             yield
         self.client.close()

@@ -21,7 +21,7 @@ from usbip_plugin.clock import SystemClock
 from usbip_plugin.errors import DeviceBusy, DeviceUnknown, ImportRefused, ListenFailed, MalformedReply, UsbipError
 from usbip_plugin.exporter import exports, server
 from usbip_plugin.exporter.host import StubStatus
-from usbip_plugin.exporter.server import MAX_CONNECTIONS, MAX_PER_PEER, Dropped, ExportServer, listen
+from usbip_plugin.exporter.server import MAX_CONNECTIONS, MAX_PER_PEER, Dropped, ExportServer, bind_sockets
 from usbip_plugin.model import DeviceKey, Endpoint, ServerKey
 from usbip_plugin.usbip import wire
 from usbip_plugin.usbip.client import TcpUsbipClient
@@ -53,9 +53,10 @@ class Lab(ExporterRig):
     @contextlib.asynccontextmanager
     async def serving(self) -> AsyncIterator[None]:
         async with self.running():
-            sockets = listen(self.address, 0)
+            sockets = bind_sockets(self.address, 0)
             self.key = ServerKey(self.address, sockets[0].getsockname()[1])
             self.server = ExportServer(sockets, self.exports, self.clock, None, self.drops.append)
+            self.server.listen()
             async with background(self.server.run()):
                 yield
 
@@ -293,14 +294,15 @@ async def test_a_successor_serves_on_the_same_port_and_ends_nothing(lab: Lab) ->
     imported = await lab.client.import_device(lab.stick, timeout=PATIENCE_S)
     port = lab.key.port
     with pytest.raises(ListenFailed, match="stop the other server"):
-        listen(lab.address, port)
+        bind_sockets(lab.address, port)
     async with contextlib.AsyncExitStack() as stack:
         successor = Lab(lab.state._path.parent, lab.address)
         successor.host = lab.host
         lab.server._sockets[0].close()
         await stack.enter_async_context(successor.running())
-        sockets = listen(lab.address, port)
+        sockets = bind_sockets(lab.address, port)
         served = ExportServer(sockets, successor.exports, lab.clock, None)
+        served.listen()
         await stack.enter_async_context(background(served.run()))
         assert await lab.devices() == ["1-2.3"]
         assert successor.exports.current["1-1"].peer == lab.exports.current["1-1"].peer
@@ -308,16 +310,28 @@ async def test_a_successor_serves_on_the_same_port_and_ends_nothing(lab: Lab) ->
         successor.client.close()
 
 
+async def test_a_client_is_refused_until_the_devices_are_bound(lab: Lab) -> None:
+    """In the backlog it would wait for longer than it asks."""
+    sockets = bind_sockets(lab.address, 0)
+    server = ExportServer(sockets, lab.exports, lab.clock, None)
+    here = sockets[0].getsockname()
+    with contextlib.closing(sockets[0]):
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(here[:2])
+        server.listen()
+        socket.create_connection(here[:2]).close()
+
+
 def test_an_address_that_is_not_this_hosts_is_an_error_with_the_cure() -> None:
     with pytest.raises(ListenFailed, match=r"cannot listen on 192\.0\.2\.1:3240: .*; for --listen, use another"):
-        listen("192.0.2.1", 3240)
+        bind_sockets("192.0.2.1", 3240)
     with pytest.raises(ListenFailed, match=r"cannot listen on no\.\.host:3240"):
-        listen("no..host", 3240)
+        bind_sockets("no..host", 3240)
 
 
 @NEEDS_IPV6
 def test_every_address_of_both_families_is_served_on_one_port() -> None:
-    sockets = listen(None, 0)
+    sockets = bind_sockets(None, 0)
     try:
         assert sorted(sock.family for sock in sockets) == [socket.AF_INET, socket.AF_INET6]
         assert len({sock.getsockname()[1] for sock in sockets}) == 1
@@ -335,6 +349,6 @@ def test_a_host_without_ipv6_is_served_over_ipv4(monkeypatch: pytest.MonkeyPatch
         real(sock, address)
 
     monkeypatch.setattr(socket.socket, "bind", bind)
-    (sock,) = listen(None, 0)
+    (sock,) = bind_sockets(None, 0)
     assert sock.family == socket.AF_INET
     sock.close()

@@ -25,7 +25,7 @@ from usbip_plugin.exporter.host import HostDevices
 from usbip_plugin.exporter.metrics import ExporterCounts, ExporterMetrics, ExporterReading
 from usbip_plugin.exporter.notify import READY, STOPPING, ServiceNotifier
 from usbip_plugin.exporter.report import ExportedRow, ExportState, exported_rows
-from usbip_plugin.exporter.server import Dropped, ExportServer, listen
+from usbip_plugin.exporter.server import Dropped, ExportServer, bind_sockets
 from usbip_plugin.exporter.state import Export, StateFile
 from usbip_plugin.exporter.sysfs import SysfsHost
 from usbip_plugin.observe.http import Answer, HttpServer, PageHandler
@@ -89,7 +89,7 @@ async def run(options: Options, loaded: Loaded[ExportConfig]) -> None:
     """
     clock = SystemClock()
     host = make_host(options, clock)
-    sockets = listen(*split_listen(options.listen))
+    sockets = bind_sockets(*split_listen(options.listen))
     try:
         gate = await make_gate(options, loaded.config, sockets[0].getsockname()[1], clock)
         await _Process(options, loaded, host, gate, sockets, clock).run()
@@ -152,6 +152,7 @@ class _Process:
         await self._exports.ready.wait()
         if self._http is not None:
             await self._http.started.wait()
+        self._server.listen()
         extra = {"version": __version__, "listen": self._options.listen, "devices": sorted(self._binder.exported)}
         log.info("running", extra=extra)
         self._notifier.send(READY, self._status())

@@ -72,10 +72,10 @@ class Dropped(enum.Enum):
     INVALID = "invalid"
 
 
-def listen(host: str | None, port: int) -> tuple[socket.socket, ...]:
-    """Returns sockets that listen on every address of host, or on all addresses (None). With port 0, on a free one.
+def bind_sockets(host: str | None, port: int) -> tuple[socket.socket, ...]:
+    """Returns sockets bound to every address of host, or to all addresses (None). With port 0, to a free one.
 
-    IPv4 and IPv6 have a socket each, as with usbipd. Raises ListenFailed.
+    They do not listen yet. IPv4 and IPv6 have a socket each, as with usbipd. Raises ListenFailed.
     """
     sockets: list[socket.socket] = []
     try:
@@ -83,7 +83,7 @@ def listen(host: str | None, port: int) -> tuple[socket.socket, ...]:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         ):
             try:
-                sockets.append(_listener(family, (address, port, *scope)))
+                sockets.append(_bound(family, (address, port, *scope)))
             except OSError as error:
                 if host is not None or error.errno not in _NO_FAMILY:
                     raise
@@ -92,11 +92,15 @@ def listen(host: str | None, port: int) -> tuple[socket.socket, ...]:
     except (OSError, UnicodeError) as error:
         for sock in sockets:
             sock.close()
-        raise ListenFailed(f"{f'[{host}]' if host and ':' in host else host or ''}:{port}", error) from error
+        raise ListenFailed(_shown(host or "", port), error) from error
     return tuple(sockets)
 
 
-def _listener(family: int, address: tuple[object, ...]) -> socket.socket:
+def _shown(host: str, port: int) -> str:
+    return f"{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def _bound(family: int, address: tuple[object, ...]) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.setblocking(False)
@@ -104,7 +108,6 @@ def _listener(family: int, address: tuple[object, ...]) -> socket.socket:
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.bind(address)
-        sock.listen(BACKLOG)
     except OSError:
         sock.close()
         raise
@@ -112,7 +115,7 @@ def _listener(family: int, address: tuple[object, ...]) -> socket.socket:
 
 
 class ExportServer:
-    """Serves DEVLIST and IMPORT on listening sockets, which it closes at the end.
+    """Serves DEVLIST and IMPORT on the sockets of bind_sockets(), which it closes at the end.
 
     allow: the networks whose clients are served; None for every client. May be replaced at any time.
     on_drop: called for each connection that does not get what it wants.
@@ -133,6 +136,18 @@ class ExportServer:
         self._open: collections.Counter[str] = collections.Counter()
         self._dropped = FirstTimes[tuple[str, Dropped]]()
         self.allow = allow
+
+    def listen(self) -> None:
+        """Begins to listen, to be called before run(). Raises ListenFailed.
+
+        Not before the devices are bound: a client that waited in the backlog has given up by then, and its import would
+        be answered all the same.
+        """
+        for sock in self._sockets:
+            try:
+                sock.listen(BACKLOG)
+            except OSError as error:
+                raise ListenFailed(_shown(*sock.getsockname()[:2]), error) from error
 
     async def run(self) -> None:
         """Serves until cancelled. A connection that is being served then is closed."""
