@@ -50,7 +50,7 @@ def hubs_authorize(*names: str) -> bool:
 
     names: DEVICES or INTERFACES; none for both.
     """
-    folders = list(Path("/sys/devices/platform").glob("vhci_hcd.*/usb*"))
+    folders = list(Path("/sys/devices/platform").glob("vhci_hcd.*/usb[0-9]*"))
     files = [folder / name for folder in folders for name in names or (DEVICES, INTERFACES)]
     return bool(files) and all(file.read_text() == "1\n" for file in files)
 
