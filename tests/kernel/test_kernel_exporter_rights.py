@@ -103,7 +103,7 @@ async def test_the_exporter_binds_and_exports_with_the_rights_of_its_container(
     real_usbipd.unbind(busid)
     client = TcpUsbipClient(SystemClock())
     with exporter(tmp_path, mounts()) as running:
-        eventually(lambda: real_usbipd.is_free(busid), "the device is bound")
+        eventually(lambda: running.wrote('"running"'), "the device is bound, and the exporter listens")
         imported = await client.import_device(DeviceKey(SERVER, busid), timeout=LIMIT_S)
         assert status(busid) == IN_USE
         assert busid in (Path(DEFAULT_STATE_DIRECTORY) / "exported.json").read_text(encoding="utf-8")
