@@ -72,10 +72,10 @@ class Systemd:
         self.run("sh", "-c", 'mkdir -p "${1%/*}" && printf %s "$2" >"$1" && chmod "$3" "$1"', "sh", path, text, mode)
 
 
-def hidden_by_protect_home() -> list[Path]:
-    """Returns the directories in home directories that this Python and the project need."""
+def hidden_by_unit() -> list[Path]:
+    """Returns the directories that this Python and the project need, and that ProtectHome and PrivateTmp hide."""
     needed = {Path(sys.base_prefix).resolve(), Path(sys.prefix), ROOT}
-    return [place for place in sorted(needed) if place.parts[1] in ("root", "home")]
+    return [place for place in sorted(needed) if place.parts[1] in ("root", "home", "tmp")]
 
 
 def kernel_log() -> str:

@@ -12,7 +12,7 @@ import pytest
 
 from tests.kernel.kernel_rig import LIMIT_S, TWINS
 from tests.kernel.qemu_monitor import FREE_PORT, Monitor
-from tests.kernel.systemd_rig import ROOT, SYSTEMD, Systemd, booted, hidden_by_protect_home
+from tests.kernel.systemd_rig import ROOT, SYSTEMD, Systemd, booted, hidden_by_unit
 from tests.rigs.usbipd import RealUsbipd, eventually
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.model import DeviceKey
@@ -71,7 +71,7 @@ async def test_the_exporters_unit_tells_systemd_its_state_and_survives_a_kill(
     # the guest has no installation, and its Python may be in a home directory
     program = f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -m usbip_plugin "$@"\n'
     systemd.write("/opt/usbip-plugin/bin/usbip-plugin", program, "755")
-    shown = "".join(f"BindReadOnlyPaths={place}\n" for place in hidden_by_protect_home())
+    shown = "".join(f"BindReadOnlyPaths={place}\n" for place in hidden_by_unit())
     systemd.write(f"/etc/systemd/system/{EXPORTER}.d/lab.conf", f"[Service]\nProtectHome=tmpfs\n{shown}")
     systemd.write(f"/etc/systemd/system/{EXPORTER}", (CONTRIB / EXPORTER).read_text(encoding="utf-8"))
     systemd.systemctl("daemon-reload")
