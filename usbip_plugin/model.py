@@ -364,6 +364,10 @@ class Lock:
     def identity(self) -> Identity:
         return Identity(self.read_from, self.serial, self.interfaces)
 
+    def names(self, me: NodeIdentity) -> bool:
+        """Returns whether this boot of this node holds the lock (R3)."""
+        return (self.holder, self.boot_id) == (me.node, me.boot_id)
+
 
 class Reason(enum.Enum):
     """Why a device is advertised as Healthy or Unhealthy. The value is for people, `code` for programs."""

@@ -210,6 +210,28 @@ def test_an_exporter_serves_its_pages_and_leaves_its_clients_to_its_successor(
     assert served == [["1-1", "1-2.3"]] * 2, "it serves when devices and clients are known, not earlier"
 
 
+def test_a_client_is_refused_while_devices_are_bound(monkeypatch: pytest.MonkeyPatch, places: Places) -> None:
+    """In the backlog it would wait for longer than it asks, and then its dead connection would get the device."""
+    bound = []
+
+    def before(host: SimulatedHost) -> None:
+        bind = host.bind
+
+        async def refused_meanwhile(busid: str) -> None:
+            with pytest.raises(ConnectionRefusedError):
+                await asyncio.to_thread(socket.create_connection, ("127.0.0.1", places.usbip))
+            bound.append(busid)
+            await bind(busid)
+
+        monkeypatch.setattr(host, "bind", refused_meanwhile)
+
+    async def served(_running: Running) -> None:
+        socket.create_connection(("127.0.0.1", places.usbip)).close()
+
+    status, _log = run(monkeypatch, places, served, before=before)
+    assert (status, bound) == (0, ["1-1", "1-2.3"])
+
+
 def test_an_exporter_that_says_that_it_runs_serves_its_pages(monkeypatch: pytest.MonkeyPatch, places: Places) -> None:
     addresses = http._addresses
 

@@ -52,23 +52,21 @@ class ClaimLocks:
                 raise LockUnavailable(str(claim.key), cause) from held
             raise LockLost(str(claim.key), held.holder) from held
 
-    async def write_location(
-        self, claim: Claim, location: DeviceKey, import_from: Endpoint | None, *, attached: bool = False
-    ) -> Grant:
-        """Writes the lock of the place where the claim's device is now, in place of the claim's own.
+    async def write_location(self, claim: Claim, import_from: Endpoint | None, *, attached: bool = False) -> Grant:
+        """Writes the lock of the place to which the claim's device has moved, besides the claim's own.
 
         attached: whether the device is attached from there. Raises LockHeld, LockReleased or LockUnavailable.
         """
         meta = LockMeta(str(claim.usb_id), None, claim.traceparent, in_place_of=claim.id, import_from=import_from)
-        return await self._locks.acquire(location, meta, claimed=True, attached=attached)
+        return await self._locks.acquire(claim.location, meta, claimed=True, attached=attached)
 
     async def take_back(self, claim: Claim) -> tuple[DeviceKey, ...]:
         """Takes those locks of an attached device again that no longer name this node (R6). Returns which."""
         taken = tuple(key for key in dict.fromkeys((claim.key, claim.location)) if not self.is_mine(key.id))
         if claim.key in taken:
             await self.write_again(claim, claim.import_from, attached=True)
-        if claim.moved_to in taken and claim.moved_to is not None:
-            await self.write_location(claim, claim.moved_to, claim.import_from, attached=True)
+        if claim.moved_to in taken:
+            await self.write_location(claim, claim.import_from, attached=True)
         return taken
 
     @contextlib.asynccontextmanager
@@ -123,4 +121,4 @@ class ClaimLocks:
     def is_mine(self, device_id: str) -> bool:
         """Returns whether the lock, as last seen, names this boot of this node (R3)."""
         lock = self._locks.locks.get(device_id)
-        return lock is not None and (lock.holder, lock.boot_id) == (self._me.node, self._me.boot_id)
+        return lock is not None and lock.names(self._me)

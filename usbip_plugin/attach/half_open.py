@@ -127,7 +127,7 @@ class HalfOpenConnections:
     def _look(self, device_id: str) -> bool:
         """Notes whether this node may have a half-open connection for a device, and returns that."""
         lock = self._locks.locks.get(device_id)
-        if lock is not None and (lock.holder, lock.boot_id) == (self._me.node, self._me.boot_id):
+        if lock is not None and lock.names(self._me):
             self._tries.pop(device_id, None)  # there may be a new connection from the same port soon
         source, tries = self._source(device_id), self._tries.get(device_id)
         next_at = tries.next_at if tries is not None and tries.source == source else 0.0

@@ -159,8 +159,7 @@ def is_taken(lock: Lock, claim: Claim, me: NodeIdentity) -> bool:
 
     The kubelet may have yet to name the pod that has the device since before a reboot.
     """
-    mine = (lock.holder, lock.boot_id) == (me.node, me.boot_id)
-    return lock.holder != "" and not mine and (lock.holder != me.node or lock.in_place_of != claim.id)
+    return lock.holder != "" and not lock.names(me) and (lock.holder != me.node or lock.in_place_of != claim.id)
 
 
 class DeviceLocator:

@@ -258,7 +258,7 @@ class Pipeline:
             grant = await self._claim_locks.write_again(self._book[device_id], source.endpoint)
             claim = self._book[device_id]
             if claim.moved_to is not None:
-                second = await self._claim_locks.write_location(claim, claim.moved_to, source.endpoint)
+                second = await self._claim_locks.write_location(claim, source.endpoint)
                 grant = replace(second, import_deadline=min(grant.import_deadline, second.import_deadline))
             return await self._attach(device_id, grant, source, deadline, Progress(""), wait_for_list=wait_for_list)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from usbip_plugin.cli.parser import Exit
 from usbip_plugin.errors import CommandError, ConfigError
+from usbip_plugin.model import ServerKey
 
 ASK_S = 10.0
 """Seconds that `exported` waits for the exporter, which answers from memory. One that is silent so long hangs."""
@@ -89,7 +90,7 @@ async def _ask(host: str, port: int, address: str) -> dict[str, Any] | None:
     """Returns what the exporter answers; None if nothing listens there. Raises CommandError for anything else."""
     import aiohttp  # noqa: PLC0415
 
-    url = f"http://{f'[{host}]' if ':' in host else host}:{port}/exported"
+    url = f"http://{ServerKey(host, port)}/exported"
     try:
         async with (
             aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=ASK_S)) as session,

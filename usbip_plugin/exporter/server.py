@@ -20,7 +20,7 @@ from usbip_plugin.config.export import IpNetwork
 from usbip_plugin.errors import ListenFailed
 from usbip_plugin.exporter.exports import Exports, ImportResult
 from usbip_plugin.exporter.repeats import FirstTimes
-from usbip_plugin.model import Endpoint
+from usbip_plugin.model import Endpoint, ServerKey
 from usbip_plugin.usbip import wire
 from usbip_plugin.usbip.connect import set_options
 
@@ -92,12 +92,8 @@ def bind_sockets(host: str | None, port: int) -> tuple[socket.socket, ...]:
     except (OSError, UnicodeError) as error:
         for sock in sockets:
             sock.close()
-        raise ListenFailed(_shown(host or "", port), error) from error
+        raise ListenFailed(str(ServerKey(host or "", port)), error) from error
     return tuple(sockets)
-
-
-def _shown(host: str, port: int) -> str:
-    return f"{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def _bound(family: int, address: tuple[object, ...]) -> socket.socket:
@@ -147,7 +143,7 @@ class ExportServer:
             try:
                 sock.listen(BACKLOG)
             except OSError as error:
-                raise ListenFailed(_shown(*sock.getsockname()[:2]), error) from error
+                raise ListenFailed(str(Endpoint.of(sock.getsockname())), error) from error
 
     async def run(self) -> None:
         """Serves until cancelled. A connection that is being served then is closed."""

@@ -30,10 +30,10 @@ from usbip_plugin.usbip.poller import ExportState
 
 logger = logging.getLogger(__name__)
 
-# Seconds between two tries to release locks whose acquire() was given up.
+ORPHAN_RETRY_S = 5.0
+"""Seconds between two tries to release locks whose acquire() was given up."""
 MAX_TWINS = 16
 """Boot IDs of other machines of this node's name that are remembered. Whoever may write the locks chooses them."""
-ORPHAN_RETRY_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -308,7 +308,7 @@ def decide_loss(lock: Lock | None, me: NodeIdentity, held_for: float, import_win
     """
     if lock is None or lock.holder == "":
         return Loss.DETACH if lock is not None and lock.by_hand else Loss.REGAIN
-    if (lock.holder, lock.boot_id) == (me.node, me.boot_id):
+    if lock.names(me):
         return Loss.NONE
     return Loss.WAIT if held_for < import_window else Loss.DETACH
 

@@ -407,33 +407,18 @@ class SysfsVhci:
         return self._changed.subscribe(callback)
 
     async def run(self) -> None:
-        self._hold_interfaces()
+        self._review_records()
         self._guard.restore_leftovers()
         self._interfaces.restore_leftovers()
-        self._forget_leftovers()
         async with asyncio.TaskGroup() as group:
             group.create_task(self._uevents.run(self._on_uevent))
             group.create_task(settle(self._changed, self._uevent_received, self._clock))
 
-    def _hold_interfaces(self) -> None:
-        """Keeps those interfaces withheld that an earlier process has withheld from devices that are still attached."""
-        with contextlib.suppress(VhciError):
-            rows = {port.number: port for port in self._table.all()}
-            for number in self._records.ports():
-                row, record = rows.get(number), self._records.read(number)
-                device = device_dir(self._sysfs, row) if row is not None else None
-                if row is None or device is None or record is None or record.occupant is None:
-                    continue
-                if not record.fits(row.occupant):
-                    continue
-                try:
-                    self._interfaces.hold_withheld(row, device)
-                except OSError as error:
-                    extra = {"port": number, "file": error.filename, "cause": str(error)}
-                    log.warning("interface_authorized_default not set", extra=extra)
+    def _review_records(self) -> None:
+        """Removes the records of earlier processes for ports that are free, or that another process has taken since.
 
-    def _forget_leftovers(self) -> None:
-        """Removes records of earlier processes for ports that are free, or that another process has taken since."""
+        Keeps those interfaces withheld that an earlier process has withheld from a device that is still attached.
+        """
         with contextlib.suppress(VhciError):
             rows = {port.number: port for port in self._table.all()}
             for number in self._records.ports():
@@ -442,6 +427,17 @@ class SysfsVhci:
                     continue
                 if row.status is PortStatus.NULL or not record.fits(row.occupant):
                     self._records.remove(number)
+                elif record.occupant is not None:
+                    self._keep_withheld(row)
+
+    def _keep_withheld(self, port: Port) -> None:
+        device = device_dir(self._sysfs, port)
+        try:
+            if device is not None:
+                self._interfaces.hold_withheld(port, device)
+        except OSError as error:
+            extra = {"port": port.number, "file": error.filename, "cause": str(error)}
+            log.warning("interface_authorized_default not set", extra=extra)
 
     def _on_uevent(self, event: Uevent | None) -> None:
         if event is not None:
