@@ -19,12 +19,14 @@ class Program:
     """What is known of a pod's program.
 
     last: when its last round ended, by time.monotonic(); None before the first.
+    began: when that round began, or earlier. A frozen node may report a round after its thaw that had ended before.
     losses: how often its device failed.
     ended: its exit status.
     """
 
     rounds: int = 0
     last: float | None = None
+    began: float | None = None
     losses: int = 0
     ended: int | None = None
 
@@ -48,7 +50,8 @@ class Node(Guest):
 
     def _program(self, program: Program, message: dict[str, Any]) -> None:
         if "round" in message:
-            program.rounds, program.last = message["round"] + 1, time.monotonic()
+            program.rounds = message["round"] + 1
+            program.began, program.last = program.last, time.monotonic()
         elif "lost" in message:
             program.losses += 1
         else:
@@ -81,10 +84,11 @@ class Pod:
     program: Program
 
     async def rounds_after(self, at: float, limit: float = PATIENCE_S) -> float:
-        """Waits until its program has written and read back after a moment. Returns the seconds from then on."""
+        """Waits for a round of its program that began after a moment. Returns the seconds from then until its end."""
 
         def after() -> float:
             assert self.program.ended is None, f"the program of {self.reference} has ended: {self.program.ended}"
-            return max((self.program.last or at) - at, 0.0)
+            began, last = self.program.began, self.program.last
+            return last - at if began is not None and last is not None and began >= at else 0.0
 
         return await self.node.until(after, f"{self.reference} uses its {self.resource}", limit)

@@ -89,6 +89,6 @@ async def test_a_node_that_thaws(lab: Lab, kind: ServerKind, how: str, seconds: 
         await lab.a.until(lambda: lab.a.health_of(STICK, key) is False, "the frozen node has lost the device")
         await heir.rounds_after(time.monotonic() + STEADY_S)
         assert heir.program.losses == 0
-        assert pod.program.last is None or pod.program.last < thawed
+        assert pod.program.began is None or pod.program.began < thawed
         assert lab.holders_since(thawed, STICK) == {"node-b"}
         assert lab.server.nodes_since(thawed) == {"node-b"}
