@@ -108,11 +108,10 @@ kubernetes() {
     gomod=$(go mod download -json "k8s.io/kubernetes@v$K8S" | sed -n 's/.*"GoMod": "\(.*\)".*/\1/p')
     { printf 'module cluster.test/k8s\n\ngo 1.26.0\n\nrequire k8s.io/kubernetes v%s\n\nreplace (\n' "$K8S"
       sed -n 's#^\s*\(k8s.io/[a-z-]*\) => ./staging.*#\t\1 => \1 v0.'"${K8S#1.}"'#p' "$gomod"; echo ')'; } >"$work/k8s/go.mod"
-    { printf '//go:build tools\n\npackage k8s\n\n'
-      for name in kube-apiserver kube-controller-manager kube-scheduler kube-proxy kubelet kubeadm kubectl; do
-        printf 'import _ "k8s.io/kubernetes/cmd/%s"\n' "$name"
-      done; } >"$work/k8s/tools.go"
   fi
+  # only these: a release may lack a staging module that another command needs
+  { printf '//go:build tools\n\npackage k8s\n\n'; printf 'import _ "k8s.io/kubernetes/cmd/%s"\n' "${wanted[@]}"; } \
+    >"$work/k8s/tools.go"
   thrice fetch_kubernetes "${wanted[@]}"
   local v=k8s.io/component-base/version flags
   flags="-s -w -X $v.gitVersion=v$K8S -X $v.gitMajor=1 -X $v.gitMinor=$(cut -d. -f2 <<<"$K8S") -X $v.gitTreeState=clean"
