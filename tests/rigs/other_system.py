@@ -56,6 +56,7 @@ LACKING: dict[str, dict[str, Sequence[str]]] = {
     "win32": {
         "os": (
             *("O_NONBLOCK", "O_CLOEXEC", "O_DIRECTORY", "O_NOFOLLOW", "uname", "fork", "getuid", "geteuid", "getgid"),
+            *("sched_getaffinity", "sched_setaffinity"),
             *(
                 "getegid",
                 "getgroups",
@@ -69,7 +70,7 @@ LACKING: dict[str, dict[str, Sequence[str]]] = {
                 "setsid",
                 "nice",
             ),
-            *("openpty", "ttyname", "sched_getaffinity", "wait3", "WNOHANG", "getloadavg", "eventfd", "pipe2", "sync"),
+            *("openpty", "ttyname", "wait3", "WNOHANG", "getloadavg", "eventfd", "pipe2", "sync"),
         ),
         "select": ("epoll", "poll"),
         "signal": (
@@ -121,6 +122,9 @@ def take_away(system: str) -> None:
     for module, names in LACKING[system].items():
         for name in names:
             vars(importlib.import_module(module)).pop(name, None)
+    if hasattr(os, "process_cpu_count"):
+        # what os makes of it where there is no sched_getaffinity
+        setattr(os, "process_cpu_count", os.cpu_count)  # noqa: B010  since Python 3.13
     if system == "win32":
         socket.socketpair = pair
     for name in WITHOUT[system]:

@@ -67,7 +67,8 @@ from usbip_plugin.node.memory import small_tls_buffers
 
 async def kept():
     tracemalloc.start()
-    made = asyncio.sslproto.SSLProtocol(asyncio.get_running_loop(), asyncio.Protocol(), context, None)
+    loop = asyncio.get_running_loop()
+    made = asyncio.sslproto.SSLProtocol(loop, asyncio.Protocol(), context, None, server_hostname="localhost")
     size, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(made.get_buffer(-1)) > 16384
