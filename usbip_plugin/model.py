@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, Self
 
 DEVICE_ID_PREFIX = "usbip-"
 SESSION_PREFIX = "usbip-node-"
@@ -129,6 +129,15 @@ class InterfaceClass:
     subclass: int
     protocol: int
 
+    def __str__(self) -> str:
+        return f"{self.class_:02x}/{self.subclass:02x}/{self.protocol:02x}"
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Reads what str() writes. Raises ValueError."""
+        class_, subclass, protocol = bytes.fromhex(text.replace("/", ""))
+        return cls(class_, subclass, protocol)
+
 
 TRACE_ID = "{trace_id}"
 """What stands for the ID of a trace in --trace-link."""
@@ -153,7 +162,7 @@ def to_node(interface: InterfaceClass) -> str:
 def described(interface: InterfaceClass) -> str:
     """Returns an interface for people, such as "a keyboard (03/01/01)"."""
     what = f"a {kind}" if (kind := to_node(interface)) else "an interface"
-    return f"{what} ({interface.class_:02x}/{interface.subclass:02x}/{interface.protocol:02x})"
+    return f"{what} ({interface})"
 
 
 @dataclass(frozen=True, slots=True)

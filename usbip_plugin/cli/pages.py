@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,9 +21,6 @@ MAX_PAGES = 100
 """Status pages that one command reads; each passes through the API server."""
 PARALLEL = 8
 """Status pages that are read at one time."""
-
-_WITHHELD = re.compile(r"[a-z ]{1,40} \(([0-9a-f]{2})/([0-9a-f]{2})/([0-9a-f]{2})\)")
-"""An interface as model.described() writes it."""
 
 
 async def read_page(kube: KubeClient, namespace: str, pod: PluginPod, path: str) -> Any:
@@ -101,6 +98,8 @@ async def withheld_interfaces(kube: KubeClient, namespace: str, details: DeviceD
 def withheld_on(pages: Sequence[Any], device_id: str) -> tuple[InterfaceClass, ...]:
     """Returns the interfaces of a device that the pages /api/devices list as withheld, sorted."""
     rows = [mapping(row) for page in pages for row in items(mapping(page).get("devices"))]
-    texts = [text for row in rows if row.get("id") == device_id for text in items(row.get("withheld"))]
-    found = filter(None, (_WITHHELD.fullmatch(str(text)) for text in texts))
-    return tuple(sorted({InterfaceClass(*(int(code, 16) for code in match.groups())) for match in found}))
+    found = set()
+    for code in (code for row in rows if row.get("id") == device_id for code in items(row.get("withheld"))):
+        with contextlib.suppress(ValueError):
+            found.add(InterfaceClass.parse(str(code)))
+    return tuple(sorted(found))

@@ -13,7 +13,7 @@ from usbip_plugin.clock import Clock
 from usbip_plugin.config.schema import Config
 from usbip_plugin.errors import ConfigError
 from usbip_plugin.kube.events import RecordedEvent
-from usbip_plugin.model import Advertised, Lock, described
+from usbip_plugin.model import Advertised, Lock
 from usbip_plugin.node.agent import Agent
 from usbip_plugin.node.products import Products
 from usbip_plugin.observe.liveness import Verdict
@@ -127,7 +127,7 @@ def _device(
         held_for=seconds_held(held, now),
         lost=claim is not None and claim.state in LOST_BY_POD,
         pod_here=str(claim.pod) if claim is not None and claim.pod is not None else None,
-        withheld=tuple(map(described, claim.attachment.withheld if claim and claim.attachment else ())),
+        withheld=tuple(map(str, claim.attachment.withheld if claim and claim.attachment else ())),
     )
 
 

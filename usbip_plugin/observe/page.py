@@ -16,7 +16,7 @@ from typing import TypeVar
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
-from usbip_plugin.model import TRACE_ID, Reason
+from usbip_plugin.model import TRACE_ID, InterfaceClass, Reason, described
 from usbip_plugin.observe.status import ClusterReport, DeviceRow, NodeReport, Report
 from usbip_plugin.observe.traces import GAP_WIDTH, WIDTH, duration, lay_out, summary
 from usbip_plugin.observe.tracing import SpanRecord
@@ -65,7 +65,12 @@ class Page:
             auto_reload=False,
         )
         environment.filters.update(
-            age=age, duration=duration, identity=_identity, attributes=_attributes, percent=_percent
+            age=age,
+            duration=duration,
+            identity=_identity,
+            interface=_interface,
+            attributes=_attributes,
+            percent=_percent,
         )
         environment.globals.update(
             COLOURS=COLOURS,
@@ -252,6 +257,10 @@ def _identity(row: DeviceRow) -> str:
     vendor, _, product = (row.usb_id or "").partition(":")
     implied = row.selector == f"vendor {vendor}, product {product}"
     return " · ".join(part for part in (row.usb_id, None if implied else row.selector) if part)
+
+
+def _interface(code: str) -> str:
+    return described(InterfaceClass.parse(code))
 
 
 def _percent(units: float) -> str:

@@ -35,7 +35,7 @@ class DeviceRow:
     lost: whether a pod of this node has lost the device. pod_here: that pod, or the one that has it here.
     epoch: how many holders the lock has had; None if there is no lock.
     port: the vhci port of this node's claim, else of the lock; None while nobody holds the lock.
-    withheld: in words, the interfaces of the device attached here that its resource does not allow.
+    withheld: the interfaces of the device attached here that its resource does not allow: CLASS/SUBCLASS/PROTOCOL.
     """
 
     resource: str
