@@ -167,7 +167,7 @@ def _host() -> Schema:
         **TEXT,
         "maxLength": scalars.MAX_HOST_CHARACTERS,
         "pattern": r"^(\[[0-9A-Za-z._:%-]+\]|[0-9A-Za-z._:%-]+)$",
-        "not": {"pattern": r"^\[?[^:]*:[0-9]+\]?$"},
+        "not": {"pattern": rf"^(\[?[^:]*:[0-9]+\]?|\[?{scalars.SHORT_IPV4}\]?)$"},
     }
 
 
@@ -202,6 +202,7 @@ def config_schema() -> Schema:
     """Returns the schema of the plugin's file."""
     resource, entry = "resources.NAME.", "resources.NAME.devices[]."
     devices: Schema = {"type": "array", "items": {"$ref": "#/$defs/device"}}
+    node = {**TEXT, "pattern": f"^{scalars.NODE_NAME_GLOB}$"}
     flag = printable(schema.MAX_PATH_CHARACTERS)
     address = r"(\[[^\]]*\]|[^:,]*):[0-9]{1,5}"
     values: dict[str, Schema] = {
@@ -256,6 +257,7 @@ def config_schema() -> Schema:
         resource + "onLoss": _choice(schema.OnLoss),
         resource + "evictAfter": _duration(schema.MIN_EVICT_AFTER_S, schema.MAX_EVICT_AFTER_S),
         resource + "cdi": _boolean(),
+        resource + "nodeNames": _one_or_list(node, node),
         entry + "target": {"$ref": "#/$defs/target"},
         entry + "target.host": _host(),
         entry + "target.port": {

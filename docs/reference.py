@@ -234,6 +234,12 @@ def keys() -> tuple[Key, ...]:
             _default(ResourceConfig, "cdi"),
             "hands the device out by name, so that a restarted container has its nodes, see [below](#cdi)",
         ),
+        Key(
+            "resources.NAME.nodeNames",
+            "name of a node, glob, or list",
+            "every node",
+            'the nodes that offer it, such as `["lab-*"]`',
+        ),
         Key("lock", "mapping", "none", "settings of the locks"),
         Key(
             "lock.duration",

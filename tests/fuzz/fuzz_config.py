@@ -38,6 +38,7 @@ FULL = """resources:
     permissions: {mode: "0660", group: 20}
     readOnly: true
     allowClasses: [comm, hid, "0a"]
+    nodeNames: ["lab-?", a]
   again: {devices: *modems}
 lock: {duration: 1m30s}
 allocateTimeout: 8

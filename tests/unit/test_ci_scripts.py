@@ -128,6 +128,11 @@ def test_sixteen_shards_are_together_the_whole_list() -> None:
     assert max(map(len, shards)) - min(map(len, shards)) <= 1
 
 
+def test_a_unit_of_nightly_that_does_not_exist_is_a_mistake() -> None:
+    ran = subprocess.run([CI / "nightly", "--only", "kubelet-9"], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr) == (2, "nightly: no unit matches kubelet-9; see --list\n")
+
+
 def test_no_unit_of_nightly_has_the_name_of_a_section_of_run() -> None:
     """The ledger would count the short form as a run of the long one."""
     names = {line.split()[1] for line in units()}

@@ -98,7 +98,11 @@ def _load(options: argparse.Namespace) -> LoadedConfig:
     from usbip_plugin.config.parse import parse_config  # noqa: PLC0415
     from usbip_plugin.config.reload import load  # noqa: PLC0415
 
-    return load(options.config, partial(parse_config, allow_extras=options.allow_extras))
+    return load(options.config, partial(parse_config, allow_extras=options.allow_extras, node=_node_of(options)))
+
+
+def _node_of(options: argparse.Namespace) -> str:
+    return str(options.node_name or platform.node())
 
 
 def _driver_of(options: argparse.Namespace) -> MakeDriver:
@@ -146,7 +150,7 @@ def _process_options(options: argparse.Namespace, settings: FileSettings) -> Opt
     listen = _first(getattr(options, "listen", None), settings.listen, DEFAULT_LISTEN)
     listen_from = (file, "listen") if getattr(options, "listen", None) is None else (flag, "--listen")
     return Options(
-        node=options.node_name or platform.node(),
+        node=_node_of(options),
         namespace=namespace_of(options.namespace),
         config=options.config,
         domain=_dns_name(domain, *((file, "domain") if options.domain is None else (flag, "--domain"))),

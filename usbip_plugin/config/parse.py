@@ -47,7 +47,7 @@ EVICT_AFTER_NEEDS_EVICT = "needs onLoss: evict in the same resource, because oth
 _FLAGS = ("domain", "plugin-directory", "pod-resources-socket", "log-level", "listen")
 TOP_KEYS = ("resources", "lock", "allocateTimeout", "publishNodeStatus", *_FLAGS)
 _CONTAINER_KEYS = ("children", "childrenTimeout", "containerPath", "byId", "permissions", "readOnly", "allowClasses")
-RESOURCE_KEYS = ("devices", *_CONTAINER_KEYS, "onLoss", "evictAfter", "cdi")
+RESOURCE_KEYS = ("devices", *_CONTAINER_KEYS, "onLoss", "evictAfter", "cdi", "nodeNames")
 PERMISSION_KEYS = ("mode", "user", "group")
 LOCK_KEYS = ("duration",)
 
@@ -66,11 +66,12 @@ _CLOSE = 0.6  # least similarity of two kinds (0 to 1, by difflib) at which one 
 
 
 def parse_config(
-    text: str, source: str = "config.yaml", *, allow_extras: Sequence[str] | None = None
+    text: str, source: str = "config.yaml", *, allow_extras: Sequence[str] | None = None, node: str | None = None
 ) -> Parsed[schema.Config]:
     """Returns the configuration in YAML text. Raises ConfigError with all problems found.
 
     source: for messages. allow_extras: patterns of fnmatch for the host paths that `extras` may name; None for any.
+    node: leaves out the resources that the node of this name does not offer.
     """
     root = read_document(text, source)
     if root is None or root.empty:
@@ -96,7 +97,7 @@ def parse_config(
         settings=_settings(top, problems),
     )
     problems.raise_if_any()
-    return Parsed(config, problems.warnings)
+    return Parsed(config if node is None else config.on_node(node), problems.warnings)
 
 
 def _lock(node: Node, problems: Problems) -> schema.LockConfig:
@@ -206,6 +207,7 @@ def _resource(
         permissions=fields.read("permissions", problems, _permissions, None),
         read_only=fields.read("readOnly", problems, scalars.boolean, False),
         allow_classes=fields.read("allowClasses", problems, _classes, None),
+        node_names=fields.read("nodeNames", problems, _node_names, ()),
     )
     if "childrenTimeout" in fields and "children" not in fields:
         problems.warn(
@@ -272,6 +274,16 @@ def _classes(node: Node, problems: Problems) -> tuple[int, ...] | None:
         return None
     codes = (scalars.class_code(item, problems) for item in items)
     return tuple(sorted({code for code in codes if code is not None}))
+
+
+def _node_names(node: Node, problems: Problems) -> tuple[str, ...]:
+    """Reads one glob over names of nodes or a list of them, and returns the valid ones."""
+    items = tuple(node.items()) if node.is_sequence else (node,)
+    if not items or len(items) > schema.MAX_SELECTOR_VALUES:
+        problems.error(node, f"expected 1 to {schema.MAX_SELECTOR_VALUES} names of nodes, got {len(items)}")
+        return ()
+    names = (scalars.node_name(item, problems) for item in items)
+    return tuple(name for name in names if name is not None)
 
 
 def _meant(kind: str) -> str:

@@ -42,8 +42,12 @@ _GO_INTEGER = re.compile(
 _GO_FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?")
 _DURATION_PART = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h)")
 _DURATION_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+NODE_NAME_GLOB = r"[0-9a-z.*?\[\]!-]{1,253}"
 _BUS_ID_GLOB = re.compile(r"[0-9A-Za-z.:*?\[\]!-]+")
 _HOST = re.compile(r"[0-9A-Za-z._:%-]+")
+SHORT_IPV4 = r"(?!([0-9]{1,3}\.){3}[0-9]{1,3}\.?$)(0[xX][0-9A-Fa-f]*|[0-9]*)(\.(0[xX][0-9A-Fa-f]*|[0-9]*))*"
+"""What a resolver may read as an address that nobody has meant: 10.20 as 10.0.0.20."""
+_SHORT_IPV4 = re.compile(SHORT_IPV4)
 _NAME = re.compile(r"[0-9A-Za-z](?:[0-9A-Za-z._-]*[0-9A-Za-z])?")
 _E = TypeVar("_E", bound=Enum)
 
@@ -161,6 +165,9 @@ def host(node: Node, problems: Problems) -> str | None:
         if re.fullmatch(r"[^:]*:[0-9]+", bare):
             problems.error(node, f"{text} contains a port; write the port in target.port")
             return None
+        if _SHORT_IPV4.fullmatch(bare):
+            problems.error(node, f"{text} is not an IPv4 address; expected four numbers, such as 10.20.30.40")
+            return None
         return canonical_host(bare)
     problems.error(node, f"{node.describe()} is not a valid host name or address")
     return None
@@ -198,6 +205,15 @@ def bus_id(node: Node, problems: Problems) -> str | None:
         node,
         f'{node.describe()} is not a valid bus ID; expected one from `usbip list`, such as "1-1.4", or a glob, "1-*"',
     )
+    return None
+
+
+def node_name(node: Node, problems: Problems) -> str | None:
+    """Reads the name of a node, or a glob over such names."""
+    value = node.scalar or ""
+    if re.fullmatch(NODE_NAME_GLOB, value, re.ASCII):
+        return value
+    problems.error(node, f'{node.describe()} is not the name of a node; expected one such as lab-1, or a glob, "lab-*"')
     return None
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import enum
+import fnmatch
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TypeVar
 
 from usbip_plugin.config.problems import shown
@@ -251,6 +252,7 @@ class ResourceConfig:
     permissions: mode and owner of the nodes. Needs cdi.
     read_only: whether the nodes can be opened for reading only.
     allow_classes: class codes of the interfaces that are allowed; None for the default of InterfaceRules.
+    node_names: globs over the names of the nodes that offer it; none for every node.
     """
 
     name: str
@@ -265,6 +267,7 @@ class ResourceConfig:
     permissions: NodePermissions | None = None
     read_only: bool = False
     allow_classes: tuple[int, ...] | None = None
+    node_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,6 +297,15 @@ class Config:
     allocate_timeout: float = DEFAULT_ALLOCATE_TIMEOUT_S
     publish_node_status: bool = True
     settings: FileSettings = field(default_factory=FileSettings)
+
+    def on_node(self, node: str) -> Config:
+        """Returns the configuration without the resources that this node does not offer."""
+        offered = (
+            resource
+            for resource in self.resources
+            if not resource.node_names or any(fnmatch.fnmatchcase(node, glob) for glob in resource.node_names)
+        )
+        return replace(self, resources=tuple(offered))
 
     def start_only(self) -> dict[str, object]:
         """Returns the settings that the plugin reads only at start, by their names in the file."""

@@ -164,7 +164,7 @@ class _Process:
             loop.add_signal_handler(number, stop.set)
         watcher = ConfigWatcher(
             self._options.config,
-            partial(parse_config, allow_extras=self._options.allow_extras),
+            partial(parse_config, allow_extras=self._options.allow_extras, node=self._options.node),
             self._clock,
             self._reconfigure,
             self._config_failed,

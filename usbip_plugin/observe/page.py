@@ -243,7 +243,7 @@ def hint(status: NodeReport) -> str:
     if status.devices:
         return ""
     if not status.config.resources:
-        return f"Add a resource to {status.config.path}, or to the ConfigMap that it comes from."
+        return f"Add a resource for this node to {status.config.path}, or to the ConfigMap that it comes from."
     if not any(row.reachable for row in status.servers):
         return "No server has answered. Start usbipd or usbip-plugin export there, and open its port in the firewall."
     listed = sum(row.devices - row.hubs for row in status.servers)

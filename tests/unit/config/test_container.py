@@ -63,6 +63,13 @@ def resource(keys: str) -> ResourceConfig:
         ("allowClasses: [hid, keyboard]", "allowClasses[1]", "'keyboard' is not a valid USB class"),
         ("allowClasses: [hub]", "allowClasses[0]", "is not a valid USB class"),
         ("allowClasses: ['09']", "allowClasses[0]", "class 09 is a USB hub"),
+        ("nodeNames: []", "nodeNames", "expected 1 to 64 names of nodes, got 0"),
+        (
+            "nodeNames: [a, Lab-1]",
+            "nodeNames[1]",
+            "'Lab-1' is not the name of a node; expected one such as lab-1, or a glob",
+        ),
+        ("nodeNames: {a: b}", "nodeNames", "is not the name of a node"),
         ("byId: 1", "byId", "expected true or false, got '1'"),
     ],
 )
@@ -183,3 +190,18 @@ def test_no_value_leads_out_of_the_directory_of_a_valid_template(template: str) 
         path = render(template, dict.fromkeys(FIELDS, "../.."))
         assert path.startswith("/")
         assert ".." not in path.split("/")
+
+
+def test_a_node_has_only_the_resources_that_name_it() -> None:
+    entry = "devices: [{target: {host: h}, selector: {all: true}}]"
+    text = f"""
+resources:
+  lab: {{{entry.replace("all: true", "serial: A")}, nodeNames: "lab-*"}}
+  two: {{{entry.replace("all: true", "serial: B")}, nodeNames: [lab-1, home]}}
+  all: {{{entry.replace("all: true", "serial: C")}}}
+"""
+    expected = {None: "lab two all", "lab-1": "lab two all", "lab-2": "lab all", "home": "two all"}
+    for node, offered in expected.items():
+        assert [resource.name for resource in parse_config(text, node=node).config.resources] == offered.split(), node
+    with pytest.raises(ConfigError, match=r"two\.nodeNames"):  # a mistake is one on every node
+        parse_config(text.replace("home", "HOME"), node="lab-2")

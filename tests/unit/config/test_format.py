@@ -46,7 +46,7 @@ resources:
 KEYS = (
     *("resources", "target", "host", "port", "selector", "vendor", "bus_id", "serial", "class", "extras", "hostPath"),
     *("usb_ids", "permissions", "devices", "children", "containerPath", "onLoss", "cdi", "a", "b", "<<"),
-    *("childrenTimeout", "byId", "mode", "user", "group", "readOnly", "allowClasses"),
+    *("childrenTimeout", "byId", "mode", "user", "group", "readOnly", "allowClasses", "nodeNames"),
 )
 
 
@@ -100,6 +100,12 @@ resources:
     (device,) = parsed.config.resources[0].devices
     assert device.selector == Selector(vendor=0x0951, product=0x1666, bus_id="1-1.4")
     assert device.extras == (Extra("/dev/fuse", "/dev/fuse", "rw"),)
+
+
+@pytest.mark.parametrize("host", ["10", "10.20", "10.20.30.4000", "10.20.30.40.50", "0x0a.20", "[10.20]"])
+def test_a_host_that_only_a_resolver_reads_as_an_address_is_refused(host: str) -> None:
+    with pytest.raises(ConfigError, match=r"is not an IPv4 address; expected four numbers, such as 10\.20\.30\.40"):
+        parse_config(f"resources: {{a: [{{target: {{host: '{host}'}}, selector: {{serial: 1}}}}]}}")
 
 
 @pytest.mark.parametrize("path", ["/dev/mem", "/dev/sda", "/dev/fuse2", "/dev/snd/controlC0", "/proc/kcore"])
@@ -172,6 +178,7 @@ resources:
     permissions: {mode: "0660", user: 0, group: 20}
     readOnly: true
     allowClasses: [vendor, hid, "08"]
+    nodeNames: ["lab-*", rack7.example]
 lock: {duration: 1m}
 allocateTimeout: 2.5
 publishNodeStatus: false
@@ -193,6 +200,7 @@ plugin-directory: /plugins
             permissions=NodePermissions(0o660, 0, 20),
             read_only=True,
             allow_classes=(0x03, 0x08, 0xFF),
+            node_names=("lab-*", "rack7.example"),
         ),
     )
     assert config.lock == LockConfig(60.0)

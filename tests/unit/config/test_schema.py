@@ -130,6 +130,8 @@ ACCEPTED = [
         for template in cases(test_container.test_the_fields_of_a_template_decide_which_nodes_it_names)
     ),
     TEXT % "onLoss: Evict, evictAfter: 2m, cdi: 'true', allowClasses: [HID, 0x08, 'ff'], readOnly: false",
+    TEXT % "nodeNames: lab-*",
+    TEXT % "nodeNames: [a, 'b[0-9]']",
     one_extra("{hostPath: /dev/a, permissions: wm}"),
 ]
 
@@ -213,12 +215,13 @@ _SELECTORS = _mapping(
         "all": [True, False, "true", "yes"],
     }
 )
-_TARGETS = _mapping({"host": ["h", "[::1]", "h:1", 10], "port": [3240, "3240", 0]})
+_TARGETS = _mapping({"host": ["h", "[::1]", "h:1", 10, 10.2, "10.2.3.4", "1o"], "port": [3240, "3240", 0]})
 _RESOURCES = _mapping(
     {
         "onLoss": ["keep", "RESTART", "evict", None, "no"],
         "evictAfter": ["2m", 1, "0", None],
         "cdi": [True, False, "true", None],
+        "nodeNames": ["a-*", ["a", "b"], [], "A", 1, None],
         "children": [["tty"], ["net"], [], "tty", None],
         "permissions": [{"mode": "0660"}, {"user": 0}, {}, {"group": "x"}, None],
         "containerPath": ["/dev/a", "/dev/{serial}", "/dev/a{serial}", ["/a", "/b"], "/{busid}{index}", "/../a"],

@@ -227,7 +227,10 @@ def test_every_device_is_shown_with_its_reason_holder_and_pod() -> None:
             "No server has answered. Start usbipd",
         ),
         ({"devices": (), "servers": (replace(STATUS.servers[0], hubs=1),)}, "The servers export no device."),
-        ({"devices": (), "config": replace(STATUS.config, resources=0)}, "Add a resource to /etc/config.yaml"),
+        (
+            {"devices": (), "config": replace(STATUS.config, resources=0)},
+            "Add a resource for this node to /etc/config.yaml",
+        ),
         ({"devices": (replace(DEVICE, withheld=("03/01/01",)),)}, "without a keyboard (03/01/01)"),
         ({"servers": ()}, "No servers are configured."),
         ({"driver": DriverReport("not loaded")}, "No device can be attached on this node"),
