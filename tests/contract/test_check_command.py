@@ -87,6 +87,13 @@ async def test_rights_that_the_configuration_does_not_need_are_not_checked(here:
     assert (ran.status, "all 8 permissions are granted" in ran.out, "CDI" in ran.out) == (0, True, False)
 
 
+async def test_resources_for_other_nodes_are_not_checked(here: Node, terminal: Terminal) -> None:
+    for names, found in (("node-b", 0), ("'node-?'", 1)):
+        here.places.configure(fields=f", nodeNames: {names}")
+        ran = await terminal.run("check")
+        assert f"ok    configuration: {found} resource" in ran.out, names
+
+
 async def test_writing_for_other_nodes_warns_and_not_for_this_node_fails(here: Node, terminal: Terminal) -> None:
     here.api.confined_to = ""
     ran = await terminal.run("check")

@@ -167,6 +167,23 @@ def test_a_changed_configuration_is_reloaded_and_start_only_settings_are_reporte
     assert (status, len(log.having("configuration warning"))) == (0, 1)
 
 
+def test_a_node_offers_only_the_resources_that_name_it(monkeypatch: pytest.MonkeyPatch, places: Places) -> None:
+    places.configure("elsewhere", fields=', nodeNames: "other-*"')
+
+    async def story(node: Node) -> None:
+        assert vars(await node.log.until("running"))["node"] == "node-a"
+        places.configure(fields=", nodeNames: [other-1, node-?]")
+        await node.until("stick", {places.device.id: True})
+        places.configure(fields=", nodeNames: node-b")
+        async with asyncio.timeout(LIMIT_S):
+            await node.kubelet.changed.until(lambda: not node.kubelet.connected("usbip.dev/stick"))
+        assert (await node.get_json("/api/status"))["config"]["resources"] == 0
+
+    status, log = run(monkeypatch, places, story)
+    assert status == 0
+    assert [vars(record)["resource"] for record in log.having("resource registered")] == ["usbip.dev/stick"]
+
+
 def test_without_an_inotify_instance_on_the_node_the_plugin_runs_and_reloads(
     monkeypatch: pytest.MonkeyPatch, places: Places
 ) -> None:
