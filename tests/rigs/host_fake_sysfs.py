@@ -212,8 +212,9 @@ class FakeHostSysfs:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
             sock.close()
-            if (status := self.root / "bus/usb/devices" / busid / "usbip_status").exists():
-                status.write_text("1\n")
+            with self._lock:  # an unbind removes the file
+                if (status := self.root / "bus/usb/devices" / busid / "usbip_status").exists():
+                    status.write_text("1\n")
             self.settled.fire()
 
         self._loop.call_soon_threadsafe(close)
