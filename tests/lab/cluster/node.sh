@@ -2,7 +2,7 @@
 # node.sh STATE_DIR VERB NODE [ARGUMENT...]: controls a node of up.sh
 #   start             containerd and kubelet, after up.sh has written their configuration
 #   stop-kubelet      SIGTERM, and waits for its end; pods run on
-#   start-kubelet
+#   start-kubelet     and waits until it listens, for instance for kubectl exec
 #   restart-kubelet   stop, start
 #   kill PATTERN      SIGKILL for the processes of the node's containers whose command line matches (pgrep -f)
 #   pids PATTERN      their process ids
@@ -44,6 +44,9 @@ kubelet() {
   rm -f "$node/kubelet.pid"
   bg kubelet kubelet --config "$node/kubelet.yaml" --kubeconfig "$node/kubeconfig" --root-dir /var/lib/kubelet \
     --cert-dir "$node/certs" --hostname-override "$name" --node-ip "10.89.0.1$number"
+  for _ in $(seq "$START_TENTHS"); do inside bash -c ': <"/dev/tcp/$0/10250"' "10.89.0.1$number" 2>/dev/null && return; sleep .1; done
+  echo "node.sh: kubelet does not listen: $node/kubelet.log" >&2
+  return 1
 }
 # the cgroup of a process names its node
 pids() {
