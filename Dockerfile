@@ -29,7 +29,8 @@ RUN set -eu; stdlib=$(python3 -c 'import sysconfig; print(sysconfig.get_path("st
       -x '/(test|tests|idlelib|lib2to3|tkinter|turtledemo|ensurepip|distutils|pydoc_data|site-packages|dist-packages|config-[^/]*)/' "$stdlib"; \
     find "$stdlib" -name '*.opt-2.pyc' -not -path '*-packages/*' -print0 | tar --null -T - -cf - | tar -C bytecode -xf -
 
-# wheels/ may be absent; the locks alone decide about this layer
+# wheels/ may be absent; the locks alone decide about this layer. The plugin uses neither the typed API of
+# kubernetes_asyncio nor its models, 28 MB.
 COPY image.lock image-build.lock wheels* ./wheels/
 ARG TARGETARCH
 ARG SOURCE_DATE_EPOCH=0
@@ -49,6 +50,7 @@ RUN set -eu; \
     rm -rf lib/bin; \
     find lib -maxdepth 1 -type f -not -name '*.py' -not -name '*.so' -delete; \
     find lib -type d \( -name tests -o -name test -o -name testing \) -prune -exec rm -rf {} +; \
+    find lib/kubernetes_asyncio/client/api lib/kubernetes_asyncio/client/models -name '*.py' -not -name __init__.py -delete; \
     find lib -type f \( -name '*.pyx' -o -name '*.pxd' -o -name '*.pxi' -o -name '*.pyi' -o -name '*.c' -o -name '*.h' \) -delete; \
     python3 -m compileall -q -j 0 -o 2 --invalidation-mode unchecked-hash -s /build -p /opt/usbip-plugin /build/lib; \
     find lib bytecode -exec touch -h -d "@$SOURCE_DATE_EPOCH" {} +
