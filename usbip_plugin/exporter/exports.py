@@ -199,11 +199,14 @@ class Exports:
 
     async def _review(self) -> None:
         self._find({})
-        for busid, export in tuple(self._exports.items()):
+        for busid in tuple(self._exports):
             lock = self._importing[busid]
             if lock.locked():
                 continue
             async with lock:
+                export = self._exports.get(busid)  # an import that waited for the lock, too, may have made another
+                if export is None:
+                    continue
                 if self._host.status(busid) is not StubStatus.USED:
                     self._ended(busid)
                     self._write_state()

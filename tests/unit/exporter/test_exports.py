@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import tempfile
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,9 +24,9 @@ from usbip_sim.virtual.loop import SimClock
 
 
 @contextlib.asynccontextmanager
-async def exporter() -> AsyncIterator[ExporterRig]:
+async def exporter(reset_time: float = 0.3) -> AsyncIterator[ExporterRig]:
     with tempfile.TemporaryDirectory() as state:
-        rig = ExporterRig(SimClock(asyncio.get_running_loop()), Path(state))
+        rig = ExporterRig(SimClock(asyncio.get_running_loop()), Path(state), reset_time=reset_time)
         try:
             yield rig
         finally:
@@ -191,6 +192,32 @@ async def test_a_connection_whose_lock_has_gone_to_another_is_ended_at_once(rig:
     assert not closed(rig.clients[2])
     assert [export.busid for export in rig.ended] == ["1-1"]
     assert [line["peer"] for line in rig.logged("export ended by the fence")] == [str(PEER)]
+
+
+@virtual_with(partial(exporter, 0.0))
+async def test_the_next_client_is_not_cut_for_the_one_before_it(
+    rig: ExporterRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended, may_return, end = asyncio.Event(), asyncio.Event(), rig.host.end
+
+    async def slow(busid: str) -> None:
+        await end(busid)
+        ended.set()
+        await may_return.wait()
+
+    async with rig.running():
+        await rig.import_device("1-1")
+        monkeypatch.setattr(rig.host, "end", slow)
+        rig.gate.hand_over("1-1", OTHER)
+        await ended.wait()
+        following = asyncio.ensure_future(rig.import_device("1-1", OTHER))
+        await rig.until(lambda: ("1-1", OTHER) in rig.gate.asked)
+        rig.gate.hand_over("1-1", OTHER)  # so that the exporter looks at its exports once more, behind this import
+        may_return.set()
+        assert (await following).result is ImportResult.OK
+        await rig.clock.sleep(60)
+        assert not closed(rig.clients[1])
+        assert rig.exports.current["1-1"].peer == OTHER
 
 
 @running
