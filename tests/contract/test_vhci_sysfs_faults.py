@@ -8,7 +8,7 @@ import errno
 import os
 import shutil
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -44,7 +44,7 @@ from usbip_plugin.sync import RECHECK_S, Broadcast
 from usbip_plugin.vhci import sysfs
 from usbip_plugin.vhci.devices import DeviceAttributes, DeviceNodes, read_nodes
 from usbip_plugin.vhci.linux import ATTACH_TRIES, SysfsVhci
-from usbip_plugin.vhci.sysfs import SPEED_SUPER, SPEED_SUPER_PLUS, PortStatus
+from usbip_plugin.vhci.sysfs import SPEED_SUPER, SPEED_SUPER_PLUS, Port, PortStatus
 from usbip_plugin.vhci.uevents import Uevent
 
 LIMIT_S = 10.0
@@ -128,6 +128,21 @@ class TestAttachWrite:
             await driver.detach(port, timeout=LIMIT_S)
         tried = [int(text.split()[3]) for path, text in rig.sysfs.written if path.endswith("/attach")]
         assert tried == [SPEED_SUPER_PLUS, SPEED_SUPER, SPEED_SUPER]
+
+    async def test_an_attach_that_waited_for_its_port_leaves_the_device_there_alone(
+        self, rig: FakeSysfsRig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        driver = rig.plugin()
+        choose, chosen = driver._choose, list[Port | None]()
+
+        def choose_alike(ports: Sequence[Port], speed: int) -> Port | None:
+            chosen.append(choose(ports, speed))
+            return chosen[0] if len(chosen) == 2 else chosen[-1]
+
+        monkeypatch.setattr(driver, "_choose", choose_alike)
+        first, second = await asyncio.gather(attach(rig, driver, 0), attach(rig, driver, 1))
+        assert first != second
+        assert [(await state(driver, port)).record for port in (first, second)] == KEYS[:2]
 
     async def test_it_gives_up_when_every_port_is_taken_in_between(self, rig: FakeSysfsRig) -> None:
         tried: list[int] = []

@@ -148,8 +148,10 @@ class SysfsVhci:
             port = self._choose([port for port in ports if not self._writing[port.number].locked()], descriptor.speed)
             if port is None:
                 raise PortsExhausted(hub, sum(p.hub == hub for p in ports))
-            async with self._writing[port.number]:  # at once
-                if await self._attach_to(port, key, descriptor, fd):
+            async with self._writing[port.number]:
+                # another write may have waited for the port, and goes first: the port may be in use after it
+                free = self._table.one(port.number).status is PortStatus.NULL
+                if free and await self._attach_to(port, key, descriptor, fd):
                     return port.number
         raise AttachRefused(f"{key}: other processes took {ATTACH_TRIES} {hub} ports in a row; try again")
 
