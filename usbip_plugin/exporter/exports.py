@@ -130,14 +130,15 @@ class Exports:
         return answer
 
     async def _import(self, busid: str, peer: Endpoint, fd: int) -> ImportAnswer:
-        known = self._binder.exported.get(busid)
-        if known is None:
+        if busid not in self._binder.exported:
             return ImportAnswer(ImportResult.NO_DEVICE)
         # the gate first: what it reads may end the export that makes the device busy
         if (refusal := await self._gate.admits(busid, peer)) is not None:
             return ImportAnswer(ImportResult.REFUSED, cause=refusal.reason)
         async with self._importing[busid]:
-            device = self._host.descriptor(busid)
+            known, device = self._binder.exported.get(busid), self._host.descriptor(busid)
+            if known is None:
+                return ImportAnswer(ImportResult.NO_DEVICE, cause="no longer selected")
             if device is None or (device.devid, device.usb_id) != (known.descriptor.devid, known.descriptor.usb_id):
                 return ImportAnswer(ImportResult.NO_DEVICE, cause="replugged")
             if (unusable := _UNUSABLE.get(self._host.status(busid))) is not None:

@@ -229,6 +229,13 @@ async def test_a_lock_that_goes_to_another_during_the_import_refuses_it(rig: Exp
 
 
 @running
+async def test_a_device_that_is_deselected_during_the_import_is_not_given_away(rig: ExporterRig) -> None:
+    rig.gate.on_ask = lambda: rig.binder.reconfigure([])
+    answer = await rig.import_device("1-1")
+    assert (answer.result, answer.cause) == (ImportResult.NO_DEVICE, "no longer selected")
+
+
+@running
 async def test_an_export_whose_client_got_no_reply_is_ended(rig: ExporterRig) -> None:
     await rig.import_device("1-1")
     rig.exports.abandon("1-1", OTHER)
