@@ -33,7 +33,7 @@ PYTHONS := $(PYTHON) python3.13 python3.12 python3.11 python3.14 python3
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test model sim sim-moments test-page screenshot docs site cast test-apiserver test-kernel test-kills soak-kernel test-deploy test-monitoring show-monitoring \
-	image test-image e2e tour test-kubelet test-outage soak test-node test-power \
+	image test-image test-arm64 e2e tour test-kubelet test-outage soak test-node test-power \
 	bench bench-scale plots bench-kernel fuzz lint format proto constraints newest test-python versions check affected nightly flakes clean
 
 help: ## this list
@@ -106,6 +106,9 @@ test-image: $(VENV)/.test ## the container image: built, looked at, and run with
 	@set -e; archive=$$(mktemp -d); trap 'rm -rf "$$archive"' EXIT; image=$(IMAGE); \
 	[ -n "$$image" ] || { image=$$archive/image.tar; PYTHON=$(BIN)/python tests/lab/image/build.sh --output "$$image" $(ARGS); }; \
 	IMAGE_ARCHIVE="$$image" $(PYTEST) -s tests/image $(if $(IMAGE),$(ARGS))
+
+test-arm64: $(VENV)/.test ## unit tests for arm64, emulated, with the image's Python and libraries (Debian, root)
+	PYTHON=$(BIN)/python tests/lab/image/units.sh arm64 $(ARGS)
 
 e2e: $(VENV)/.test ## the end-to-end suite on a kind cluster of its own; KEEP=1 leaves it there
 	PYTHON=$(BIN)/python tests/lab/kind/e2e.sh $(ARGS)

@@ -294,6 +294,6 @@ async def test_an_interface_that_is_withheld_is_an_event_of_its_pod_and_stays_wi
         assert detail(node, device).endswith(", without a keyboard (03/01/01)")
         products = Products(agent(node).claims)
         (row,) = device_rows(agent(node), "usbip.dev", now=datetime.now(UTC), products=products)
-        assert row.withheld == ("a keyboard (03/01/01)",)
+        assert row.withheld == ("03/01/01",)
         await c.lost_and_back(node, device)
         assert attachment_of(node, device).withheld == (InterfaceClass(3, 1, 1),)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 
 import pytest
@@ -14,4 +15,5 @@ ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 
 def pytest_configure(config: pytest.Config) -> None:
     ran_with(config, "python", platform.python_version())
-    ran_with(config, "architecture", ARCHITECTURES.get(platform.machine(), platform.machine()))
+    emulated = " under emulation" if os.environ.get("EMULATED") else ""  # by tests/lab/image/units.sh
+    ran_with(config, "architecture", ARCHITECTURES.get(platform.machine(), platform.machine()) + emulated)
