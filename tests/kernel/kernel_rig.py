@@ -145,6 +145,7 @@ class KernelRig:
             one = await self.import_stuck()
             await driver.attach(one.key, one.descriptor, one.fileno())
             one.close()
+            await driver.forget(one.key)  # as another program's: an agent would detach what an earlier plugin has left
 
     async def clean(self) -> None:
         """Detaches every port."""
