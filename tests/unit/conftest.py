@@ -14,6 +14,9 @@ ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    ran_with(config, "python", platform.python_version())
-    emulated = " under emulation" if os.environ.get("EMULATED") else ""  # by tests/lab/image/units.sh
-    ran_with(config, "architecture", ARCHITECTURES.get(platform.machine(), platform.machine()) + emulated)
+    architecture = ARCHITECTURES.get(platform.machine(), platform.machine())
+    if os.environ.get("EMULATED"):  # by tests/lab/image/units.sh
+        ran_with(config, "architecture", f"{architecture} under emulation")
+    else:
+        ran_with(config, "python", platform.python_version())
+        ran_with(config, "architecture", architecture)
