@@ -133,7 +133,7 @@ async def test_a_device_plugged_in_elsewhere_is_re_attached_and_works(rig: Kerne
         node.start()
         await until_health(node, {key.id: True for key in twins})
         assert busy_rows() == rows, "the next process adopts it"
-        assert advertised(node, moved).health.reason is Reason.IN_PLACE_OF
+        await until_reason(node, moved, Reason.IN_PLACE_OF)
         await end(world, POD, *twins, moved)
         assert busy_rows() == ()
         await until_reason(node, twins[0], Reason.NOT_LISTED)

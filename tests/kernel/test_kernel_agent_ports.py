@@ -69,7 +69,7 @@ async def test_an_identical_device_on_the_port_of_a_lost_one_is_not_adopted(rig:
         (foreign,) = busy_rows()
         assert foreign.split()[1] == row.split()[1], "the same port"
         node.start()
-        await until_health(node, {ours.id: True})
+        await until_reason(node, ours, Reason.ATTACHED)
         assert foreign in busy_rows()
         assert serial_of(node, ours) == got.envs["USBIP_SERIAL_0_SERIAL"]
         await end(world, POD, ours)

@@ -24,7 +24,7 @@ from usbip_plugin.kubelet import deviceplugin_pb2 as pb
 from usbip_plugin.kubelet.deviceplugin_pb2_grpc import DevicePluginStub
 from usbip_plugin.kubelet.registration import identify
 from usbip_plugin.locks.record import Lease, lock_of
-from usbip_plugin.model import Advertised, Attachment, DeviceKey, PodRef, Reason, ServerKey
+from usbip_plugin.model import HID_CLASS, Advertised, Attachment, DeviceKey, PodRef, Reason, ServerKey
 from usbip_plugin.node.agent import Agent, MetricHooks
 from usbip_plugin.sync import Broadcast
 from usbip_plugin.vhci.driver import VhciDriver
@@ -58,7 +58,8 @@ def config_of(
 
     def one(name: str) -> ResourceConfig:
         selector = FTDI if name == SERIAL else Selector(bus_id=usbipd.busid(SERIAL_OF[name]))
-        return ResourceConfig(name, (DeviceSelector((servers or {}).get(name, usbipd.key), selector),))
+        entry = DeviceSelector((servers or {}).get(name, usbipd.key), selector)
+        return ResourceConfig(name, (entry,), allow_classes=(HID_CLASS,) if name == KEYS else None)
 
     return Config(tuple(one(name) for name in resources), allocate_timeout=allocate_timeout)
 
@@ -145,6 +146,12 @@ def advertised(node: SimNode, key: DeviceKey) -> Advertised:
     return next(d for devices in agent(node).inventory.advertised.values() for d in devices if d.id == key.id)
 
 
+def reason_of(node: SimNode, key: DeviceKey) -> Reason | None:
+    """Returns None if the agent does not offer the device."""
+    offered = (d for devices in agent(node).inventory.advertised.values() for d in devices if d.id == key.id)
+    return next((device.health.reason for device in offered), None)
+
+
 def attachment_of(node: SimNode, key: DeviceKey) -> Attachment:
     attachment = agent(node).claims.view[key.id].attachment
     assert attachment is not None
@@ -164,7 +171,7 @@ def serial_of(node: SimNode, key: DeviceKey) -> str | None:
 async def until_reason(node: SimNode, key: DeviceKey, reason: Reason) -> Advertised:
     """Waits until the agent and the kubelet have the device with this reason."""
     async with asyncio.timeout(PATIENCE_S):
-        await node.kubelet.changed.until(lambda: advertised(node, key).health.reason is reason)
+        await node.kubelet.changed.until(lambda: reason_of(node, key) is reason)
     await until_health(node, {key.id: reason.healthy})
     return advertised(node, key)
 
