@@ -291,7 +291,7 @@ async def test_a_missing_driver_fails_the_allocate_and_leaves_nothing(rig: Kerne
     config = Config((replace(resource, children=("tty",), children_timeout=1.0),))
     async with agent_with(config, twin) as world:
         message = await refusal(on(world), SERIAL, twin)
-        assert "no tty node within 1 s" in message
+        assert "no tty node appeared within 1 s" in message
         assert "ftdi_sio" in message
         await until_released(world, twin)
         assert busy_rows() == ()
