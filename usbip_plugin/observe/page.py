@@ -260,7 +260,11 @@ def _identity(row: DeviceRow) -> str:
 
 
 def _interface(code: str) -> str:
-    return described(InterfaceClass.parse(code))
+    """Returns an interface in words; a text that is not a code as it is."""
+    try:
+        return described(InterfaceClass.parse(code))
+    except ValueError:
+        return code
 
 
 def _percent(units: float) -> str:
