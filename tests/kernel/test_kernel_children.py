@@ -346,7 +346,7 @@ async def test_a_device_that_switches_to_another_mode_is_re_attached_if_its_reso
             rows = busy_rows()
             await node.stop()
             node.start()
-            await until_health(node, {key.id: True})
+            await until_reason(node, key, Reason.ATTACHED)  # the kubelet still has the list of the process before
             assert busy_rows() == rows, "the next process adopts it"
             assert attachment_of(node, key).usb_id == OTHER_MODE
             await end(world, POD, key)
