@@ -131,7 +131,8 @@ async def test_a_device_plugged_in_elsewhere_is_re_attached_and_works(rig: Kerne
         rows = busy_rows()
         await node.stop()
         node.start()
-        await until_health(node, {key.id: True for key in twins})
+        for key in twins:
+            await until_reason(node, key, Reason.ATTACHED)
         assert busy_rows() == rows, "the next process adopts it"
         await until_reason(node, moved, Reason.IN_PLACE_OF)
         await end(world, POD, *twins, moved)

@@ -139,7 +139,7 @@ async def test_a_modem_that_is_a_keyboard_or_network_adapter_as_well_is_attached
             assert_withheld(attachment_of(node, key), code)
             await node.stop()
             node.start()
-            await until_health(node, {key.id: True})
+            await until_reason(node, key, Reason.ATTACHED)
             assert_withheld(attachment_of(node, key), code)
             configure(attachment_of(node, key))
             assert interfaces(attachment_of(node, key))[code] == ("", "0")
