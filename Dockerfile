@@ -29,8 +29,8 @@ RUN set -eu; stdlib=$(python3 -c 'import sysconfig; print(sysconfig.get_path("st
       -x '/(test|tests|idlelib|lib2to3|tkinter|turtledemo|ensurepip|distutils|pydoc_data|site-packages|dist-packages|config-[^/]*)/' "$stdlib"; \
     find "$stdlib" -name '*.opt-2.pyc' -not -path '*-packages/*' -print0 | tar --null -T - -cf - | tar -C bytecode -xf -
 
-# wheels/ may be absent; the locks alone decide about this layer. The plugin uses neither the typed API of
-# kubernetes_asyncio nor its models, 28 MB.
+# wheels/ may be absent; the locks alone decide about this layer. The typed API and the models of
+# kubernetes_asyncio (28 MB) are removed, because the plugin uses neither.
 COPY image.lock image-build.lock wheels* ./wheels/
 ARG TARGETARCH
 ARG SOURCE_DATE_EPOCH=0

@@ -277,13 +277,19 @@ def _classes(node: Node, problems: Problems) -> tuple[int, ...] | None:
 
 
 def _node_names(node: Node, problems: Problems) -> tuple[str, ...]:
-    """Reads one glob over names of nodes or a list of them, and returns the valid ones."""
+    """Reads one glob over names of nodes or a list of them, and returns the valid ones in the file's order."""
     items = tuple(node.items()) if node.is_sequence else (node,)
     if not items or len(items) > schema.MAX_SELECTOR_VALUES:
         problems.error(node, f"expected 1 to {schema.MAX_SELECTOR_VALUES} names of nodes, got {len(items)}")
         return ()
-    names = (scalars.node_name(item, problems) for item in items)
-    return tuple(name for name in names if name is not None)
+    names: dict[str, None] = {}
+    for item in items:
+        name = scalars.node_name(item, problems)
+        if name in names:
+            problems.error(item, "duplicate name; remove one")
+        elif name is not None:
+            names[name] = None
+    return tuple(names)
 
 
 def _meant(kind: str) -> str:

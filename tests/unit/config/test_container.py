@@ -69,6 +69,7 @@ def resource(keys: str) -> ResourceConfig:
             "nodeNames[1]",
             "'Lab-1' is not the name of a node; expected one such as lab-1, or a glob",
         ),
+        ("nodeNames: [a, b, a]", "nodeNames[2]", "duplicate name; remove one"),
         ("nodeNames: {a: b}", "nodeNames", "is not the name of a node"),
         ("byId: 1", "byId", "expected true or false, got '1'"),
     ],

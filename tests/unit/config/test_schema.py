@@ -221,7 +221,7 @@ _RESOURCES = _mapping(
         "onLoss": ["keep", "RESTART", "evict", None, "no"],
         "evictAfter": ["2m", 1, "0", None],
         "cdi": [True, False, "true", None],
-        "nodeNames": ["a-*", ["a", "b"], [], "A", 1, None],
+        "nodeNames": ["a-*", ["a", "b"], ["a", "a"], [], "A", 1, None],
         "children": [["tty"], ["net"], [], "tty", None],
         "permissions": [{"mode": "0660"}, {"user": 0}, {}, {"group": "x"}, None],
         "containerPath": ["/dev/a", "/dev/{serial}", "/dev/a{serial}", ["/a", "/b"], "/{busid}{index}", "/../a"],
