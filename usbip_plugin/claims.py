@@ -284,12 +284,6 @@ class DeviceUser:
     resource: str
 
 
-def same_pod(one: PodRef, other: PodRef) -> bool:
-    """Returns whether both are one pod, by namespace and name, and by uid if both have one."""
-    uids = {one.uid, other.uid}
-    return (one.namespace, one.name) == (other.namespace, other.name) and (None in uids or len(uids) == 1)
-
-
 def serves(claim: Claim, resource: str, usb_id: UsbId) -> bool:
     """Returns whether a claim was made by this resource. If its resource is unknown, compares the USB IDs."""
     return claim.usb_id == usb_id if claim.resource is None else claim.resource == resource

@@ -322,6 +322,12 @@ class PodRef:
         return f"{self.namespace}/{self.name}"
 
 
+def same_pod(one: PodRef, other: PodRef) -> bool:
+    """Returns whether both are one pod, by namespace and name, and by uid if both have one."""
+    uids = {one.uid, other.uid}
+    return (one.namespace, one.name) == (other.namespace, other.name) and (None in uids or len(uids) == 1)
+
+
 @dataclass(frozen=True, slots=True)
 class NodeIdentity:
     """This node: its Kubernetes name and the kernel's boot id (/proc/sys/kernel/random/boot_id)."""
@@ -343,6 +349,7 @@ class Lock:
     serial, interfaces, read_from: the fields of `identity`.
     in_place_of: the ID of another device, which is now plugged in at this bus ID and attached from it.
     by_hand: whether the last write was a release by a person.
+    released_from: the pods that had the device when a person released the lock, oldest first.
     failed_epoch: the epoch of the last Allocate that failed because of the device; None since a later one succeeded.
     import_from: from where the holder imports the device, or the last holder did, as the server sees it.
     """
@@ -368,6 +375,7 @@ class Lock:
     read_from: int | None = None
     failed_epoch: int | None = None
     import_from: Endpoint | None = None
+    released_from: tuple[PodRef, ...] = ()
 
     @property
     def identity(self) -> Identity:
@@ -376,6 +384,14 @@ class Lock:
     def names(self, me: NodeIdentity) -> bool:
         """Returns whether this boot of this node holds the lock (R3)."""
         return (self.holder, self.boot_id) == (me.node, me.boot_id)
+
+    def stays_released(self, pod: PodRef | None) -> bool:
+        """Returns whether a person's release forbids to take the lock again for this pod, which had the device (R6).
+
+        Whoever takes and releases the lock after that does not change it. pod: None if it is not known; then only the
+        last write counts.
+        """
+        return self.by_hand or (pod is not None and any(same_pod(pod, other) for other in self.released_from))
 
 
 class Reason(enum.Enum):

@@ -23,11 +23,12 @@ from usbip_plugin.exporter.gate import Refusal
 from usbip_plugin.locks import protocol, record
 from usbip_plugin.locks.protocol import Create, Decision, Denied, LockMeta, LockStatus, Loss, Observation, Rules, Write
 from usbip_plugin.locks.record import Lease
-from usbip_plugin.model import DeviceKey, Endpoint, Lock, NodeIdentity, ServerKey
+from usbip_plugin.model import DeviceKey, Endpoint, Lock, NodeIdentity, PodRef, ServerKey
 
 KEY = DeviceKey(ServerKey("10.0.0.1"), "1-1")
 META = LockMeta(usb_id="0951:1666")
 ME = NodeIdentity("me", "boot-of-me")
+POD, ANOTHER_POD = PodRef("default", "pod", "1"), PodRef("default", "another", "2")
 NEVER = datetime(2000, 1, 1, tzinfo=UTC)  # time of every write, as no rule reads wall clocks
 EPOCH = 5
 PEER, ANOTHER = Endpoint("10.0.0.2", 40001), Endpoint("10.0.0.3", 40001)
@@ -41,10 +42,11 @@ SAME_EPOCH = "R3: the epoch does not tell one holder, or one boot of a holder, f
 LEFT_OVER = "R3: what was written by another holder, or under another boot, is left on the lock"
 NOT_QUIET = "R4: a lock is taken though it, or its holder's session, changed within the duration"
 TOO_SOON = "R6: a node detaches a device, though nobody else holds its lock, or not for a whole import window"
+GIVEN_BACK = "R6: a lock that a person has released is taken again, or may be, for the pod that had the device"
 TOO_LATE = "fence: a connection gets the device that the lock has not named since the import arrived"
 CUT_OFF = "fence: a connection is ended, though no other holder has the lock"
 PROMISES = frozenset(
-    {TWO_IMPORTS, NOT_NAMED, KEEPS_LOST, SAME_EPOCH, LEFT_OVER, NOT_QUIET, TOO_SOON, TOO_LATE, CUT_OFF}
+    {TWO_IMPORTS, NOT_NAMED, KEEPS_LOST, SAME_EPOCH, LEFT_OVER, NOT_QUIET, TOO_SOON, GIVEN_BACK, TOO_LATE, CUT_OFF}
 )
 
 
@@ -58,7 +60,8 @@ class Bounds:
     amends: the holder's other writes (renewal, port, pod) happen.
     beats: nodes have sessions.
     slow: reading a session takes time, and the quiet time of lock and session is recorded to check R4.
-    meddling: somebody may empty the lock; then only the reaction of each node is checked.
+    meddling: somebody may empty the lock, or release it as a person does; then only the reaction of each node is
+        checked.
     twins: a new machine may take the name of one that has the device, is cut off and goes on.
     living_twins: another machine of a node's name may take the free lock and import. Its import does not outlast a
         start of the node's plugin, which would not know of its write.
@@ -202,6 +205,7 @@ class Node(NamedTuple):
     quiet: see Bounds.slow.
     informed: it has read that the lock is another node's, and has the device attached.
     lost: time since it has read that another node holds the lock of the device that it has attached.
+    bereft: a person has released the lock of its pod's device, and the pod still runs.
     twin: another machine of its name, with an earlier boot, has the device.
     twin_until: end of that machine's import window, on its own clock.
     twin_wrote: time since the node saw that machine write the lock.
@@ -223,6 +227,7 @@ class Node(NamedTuple):
     quiet: float = 0.0
     informed: bool = False
     lost: float | None = None
+    bereft: bool = False
     twin: bool = False
     twin_until: float | None = None
     twin_wrote: float | None = None
@@ -312,7 +317,11 @@ class Model:
                 node._replace(listed=unused, observation=node.observation if unused else None),
             )
         yield from self._observe(node, lease, unused)
-        if node.operation is None and node.use is Use.IDLE:
+        if node.bereft and node.use is Use.IDLE:
+            yield Step("the pod without its device ends", node._replace(bereft=False))
+            if node.operation is None and lock is not LockView.MINE:
+                yield from self._regain(node, lease)
+        elif node.operation is None and node.use is Use.IDLE:
             yield from self._acquire(node, lease, unused)
             yield from self._renew(node, lease)
         yield from self._write_aside(node, lease, unused)
@@ -508,29 +517,38 @@ class Model:
         """Yields the steps in which the watch shows a lock that is not this node's (R6)."""
         lock = record.lock_of(lease) if lease is not None else None
         held = lock is not None and lock.holder != ""
-        loss = self.rules.decide_loss(lock, ME, node.lost or 0.0, node.window)
+        loss = self.rules.decide_loss(lock, ME, POD, node.lost or 0.0, node.window)
         late = node.lost is not None and node.lost >= node.window
         match loss:
             case Loss.REGAIN if node.operation is None:
-                decision = self.rules.decide_acquire(lease, KEY, META, self.write(node), None, False)
-                target, broken = self.target(lease, decision, Origin.PRESENT)
-                if target is not None:
-                    operation = Operation(target, (Sent(0.0, landed=False),))
-                    yield Step("sends, to regain", node._replace(operation=operation, lost=None), broken=broken)
+                yield from self._regain(node, lease)
             case Loss.WAIT if not late:
                 yield Step("sees another holder", node._replace(lost=node.lost or 0.0))
             case Loss.DETACH:
-                broken = None if held and late else TOO_SOON
+                broken = None if (held and late) or (node.bereft and not held) else TOO_SOON
                 detached = self.disconnected(node)._replace(informed=node.informed)
                 yield Step("detaches for another holder", detached, broken=broken)
             case Loss.NONE | Loss.WAIT:
                 yield Step("sees the loss and keeps the device", node._replace(informed=True))
+
+    def _regain(self, node: Node, lease: Lease | None) -> Iterator[Step]:
+        """Yields the write by which a node takes the lock again for its pod, if it may (R6)."""
+        lock = record.lock_of(lease) if lease is not None else None
+        if self.rules.decide_loss(lock, ME, POD, 0.0, node.window) is not Loss.REGAIN:
+            return
+        decision = self.rules.decide_acquire(lease, KEY, META, self.write(node), None, False)
+        target, broken = self.target(lease, decision, Origin.PRESENT)
+        if target is not None:
+            operation = Operation(target, (Sent(0.0, landed=False),))
+            broken = GIVEN_BACK if node.bereft else broken
+            yield Step("sends, to regain", node._replace(operation=operation, lost=None), broken=broken)
 
     # the end of a process, or of a kernel
 
     def _die(self, node: Node) -> Iterator[Step]:
         strays = self._strays(node, node.operation) if node.operation is not None else node.strays
         blank = Node(node.duration, node.window, holds=node.holds, strays=strays, quiet=node.quiet, twin=node.twin)
+        blank = blank._replace(bereft=node.bereft)
         attached = node.use is Use.ATTACHED
         if self.bounds.same_port:
             blank = blank._replace(sight=node.sight)
@@ -701,7 +719,8 @@ class Model:
         """Returns the present lock as this node reads it. theirs: the duration of another holder."""
         if lock is LockView.ABSENT:
             return None
-        notes = record.device_annotations(KEY)
+        pods = (ANOTHER_POD, POD) if node.bereft else (ANOTHER_POD,)
+        notes = {**record.device_annotations(KEY), record.RELEASED_FROM: record.released_from_text(pods) or ""}
         if lock in (LockView.FREE, LockView.LEFT):
             left = {record.BOOT_ID: "boot-of-somebody-before"} if lock is LockView.LEFT else {}
             return Lease(KEY.id, transitions=EPOCH, annotations={**notes, **left}, resource_version="1")
@@ -749,6 +768,8 @@ class Model:
             return SAME_EPOCH
         if begins and new.annotations.keys() & {record.PORT, record.POD}:
             return LEFT_OVER
+        if old is not None and new.annotations.get(record.RELEASED_FROM) != old.annotations[record.RELEASED_FROM]:
+            return GIVEN_BACK
         return None
 
     def _check_status(

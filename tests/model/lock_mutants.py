@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from tests.model.lock_model import (
     CUT_OFF,
+    GIVEN_BACK,
     KEEPS_LOST,
     NOT_NAMED,
     NOT_QUIET,
@@ -25,7 +26,7 @@ from usbip_plugin.exporter.gate import Refusal
 from usbip_plugin.locks import protocol, record
 from usbip_plugin.locks.protocol import Decision, Denied, LockMeta, Loss, Observation, Replace, Rules, Write
 from usbip_plugin.locks.record import Lease
-from usbip_plugin.model import DeviceKey, Endpoint, Lock, NodeIdentity
+from usbip_plugin.model import DeviceKey, Endpoint, Lock, NodeIdentity, PodRef
 
 UNEVEN = ((15.0, 7.0), (6.0, 2.5))
 SLOW = Bounds(slow=True, amends=False, reboots=False)
@@ -152,17 +153,41 @@ def one_window(seen_for: float, window: float) -> bool:
     return seen_for < window
 
 
-def detached_at_once(lock: Lock | None, me: NodeIdentity, _held_for: float, window: float) -> Loss:
-    loss = protocol.decide_loss(lock, me, math.inf, window)
+def detached_at_once(lock: Lock | None, me: NodeIdentity, pod: PodRef | None, _held_for: float, window: float) -> Loss:
+    loss = protocol.decide_loss(lock, me, pod, math.inf, window)
     return Loss.DETACH if loss is Loss.REGAIN else loss
 
 
-def without_a_wait(lock: Lock | None, me: NodeIdentity, _held_for: float, window: float) -> Loss:
-    return protocol.decide_loss(lock, me, math.inf, window)
+def without_a_wait(lock: Lock | None, me: NodeIdentity, pod: PodRef | None, _held_for: float, window: float) -> Loss:
+    return protocol.decide_loss(lock, me, pod, math.inf, window)
 
 
-def never_detached(lock: Lock | None, me: NodeIdentity, _held_for: float, window: float) -> Loss:
-    return protocol.decide_loss(lock, me, 0.0, window)
+def never_detached(lock: Lock | None, me: NodeIdentity, pod: PodRef | None, _held_for: float, window: float) -> Loss:
+    return protocol.decide_loss(lock, me, pod, 0.0, window)
+
+
+def given_back_after_another_holder(
+    lock: Lock | None, me: NodeIdentity, pod: PodRef | None, held_for: float, window: float
+) -> Loss:
+    """Looks only at the last write, which says that a person released the lock until somebody takes it."""
+    forgetful = replace(lock, released_from=()) if lock is not None else None
+    return protocol.decide_loss(forgetful, me, pod, held_for, window)
+
+
+def taken_without_its_past(
+    lease: Lease | None, key: DeviceKey, meta: LockMeta, write: Write, seen: Observation | None, listed: bool
+) -> Decision:
+    decision = protocol.decide_acquire(lease, key, meta, write, seen, listed)
+    if isinstance(decision, Denied):
+        return decision
+    notes = {name: text for name, text in decision.lease.annotations.items() if name != record.RELEASED_FROM}
+    return replace(decision, lease=replace(decision.lease, annotations=notes))
+
+
+def given_to_no_pod(lock: Lock | None, me: NodeIdentity, _pod: PodRef | None, held_for: float, window: float) -> Loss:
+    """Takes a release from another pod for one from this pod."""
+    pod = lock.released_from[0] if lock is not None and lock.released_from else None
+    return protocol.decide_loss(lock, me, pod, held_for, window)
 
 
 def whoever_asks(locks: Sequence[Lock], peer: Endpoint) -> Refusal | None:
@@ -273,6 +298,15 @@ MUTANTS = (
     Mutant("R6", "kept-for-ever", KEEPS_LOST, rules=Rules(decide_loss=never_detached), bounds=LOSSES),
     Mutant("R6", "detached-without-a-holder", TOO_SOON, rules=Rules(decide_loss=detached_at_once), bounds=LOSSES),
     Mutant("R6", "detached-without-a-wait", TOO_SOON, rules=Rules(decide_loss=without_a_wait), bounds=LOSSES),
+    Mutant(
+        "R6",
+        "given-back-after-another-holder",
+        GIVEN_BACK,
+        rules=Rules(decide_loss=given_back_after_another_holder),
+        bounds=LOSSES,
+    ),
+    Mutant("R6", "release-forgotten", GIVEN_BACK, rules=Rules(decide_acquire=taken_without_its_past), bounds=LOSSES),
+    Mutant("R6", "another-pod's-release", TOO_SOON, rules=Rules(decide_loss=given_to_no_pod), bounds=LOSSES),
     Mutant("R7", "silence-taken-for-yes", habits=Habits(takes_silence_for_yes=True)),
     Mutant("fence", "endpoint-not-compared", bounds=FENCED, fence=FenceRules(decide_import=whoever_asks)),
     Mutant("fence", "never-cut", bounds=FENCED, fence=FenceRules(may_keep=never_cut)),

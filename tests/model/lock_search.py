@@ -186,6 +186,9 @@ class Search:
         if self.bounds.meddling and holder is not None:
             moved = self._write(nodes, -1, holder, Target("", Hold.NO))
             yield Move(None, "somebody empties the lock", World(moved, exists), None)
+            if self._nodes[nodes[holder]].use is Use.ATTACHED:
+                robbed = (*moved[:holder], self._bereave(moved[holder]), *moved[holder + 1 :])
+                yield Move(None, "a person releases the lock", World(robbed, exists), None)
         if self.bounds.fenced:
             read = [self._read(node, exists, holder is not None) for node in nodes]
             yield Move(
@@ -237,6 +240,9 @@ class Search:
             after = {self._number(self.model.tick(known, rate, others=others)) for rate in self.bounds.rates}
             self._ticks[key] = tuple(sorted(after))
         return self._ticks[key]
+
+    def _bereave(self, node: int) -> int:
+        return self._number(self._nodes[node]._replace(bereft=True))
 
     def _beat(self, node: int) -> int:
         if node not in self._beaten:

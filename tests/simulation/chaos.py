@@ -16,8 +16,8 @@ from usbip_plugin.claims import ClaimState
 from usbip_plugin.config.schema import Config
 from usbip_plugin.errors import KubeConflict, KubeForbidden, KubeGone, KubeServerError, KubeThrottled
 from usbip_plugin.kube.node_status import NODES_STATUS
-from usbip_plugin.locks.protocol import LockMeta, Replace, Write, decide_acquire, released
-from usbip_plugin.locks.record import BY_HAND, lock_of
+from usbip_plugin.locks.protocol import LockMeta, Replace, Write, decide_acquire, released, released_by_person
+from usbip_plugin.locks.record import lock_of
 from usbip_plugin.model import DeviceKey, NodeIdentity, PodRef
 from usbip_plugin.usbip import wire
 from usbip_plugin.vhci.sysfs import PortStatus
@@ -602,7 +602,8 @@ class Chaos:
             return False
         self.note(f"a person releases the lock of {key}")
         self.lost_locks[key, node.name] = loop_of().time()
-        self._release(key, node.name, BY_HAND)
+        lease = self.cluster.backend.leases[key.id]
+        self.cluster.backend.replace(released_by_person(lease, node.clock.now()).lease)
         return True
 
     def do_lock_deleted(self, action: Action, node: ClusterNode) -> bool:

@@ -14,8 +14,8 @@ from usbip_plugin.attach.events import DeviceEvent
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.locks import record
 from usbip_plugin.locks.manager import LockSettings
-from usbip_plugin.locks.protocol import Write, released
-from usbip_plugin.model import Attachment, DeviceKey, Health, NodeIdentity, PodRef, Reason, UsbId
+from usbip_plugin.locks.protocol import released_by_person
+from usbip_plugin.model import Attachment, DeviceKey, Health, PodRef, Reason, UsbId
 from usbip_plugin.node.agent import Agent, MetricHooks
 from usbip_sim.server.server import RESET_TIME, VirtualServer
 from usbip_sim.server.usbdevice import VirtualDevice
@@ -207,19 +207,27 @@ class Cluster(simulated.Cluster):
 
     def has_note(self, device: DeviceKey, note: str) -> bool:
         """Returns whether the device's lock has an annotation."""
-        lease = self.backend.leases.get(device.id)
-        return lease is not None and note in lease.annotations
+        return self.note(device, note) is not None
 
     def steal(self, device: DeviceKey) -> None:
         """Writes the name of a node outside of the cluster into the device's lock."""
         lease = self.backend.leases[device.id]
         self.backend.replace(replace(lease, holder="node-z", transitions=lease.transitions + 1))
 
+    def let_go(self, device: DeviceKey) -> None:
+        """Empties the device's lock as its holder outside of the cluster does."""
+        lease = self.backend.leases[device.id]
+        self.backend.replace(replace(lease, holder=""))
+
+    def note(self, device: DeviceKey, name: str) -> str | None:
+        """Returns an annotation of the device's lock, None if it is not there."""
+        lease = self.backend.leases.get(device.id)
+        return lease.annotations.get(name) if lease is not None else None
+
     def release_by_hand(self, device: DeviceKey) -> None:
         """Empties the device's lock as `usbip-plugin release` does."""
         lease = self.backend.leases[device.id]
-        write = Write(NodeIdentity(lease.holder, ""), datetime(2026, 1, 1, tzinfo=UTC), record.BY_HAND, 0.0)
-        self.backend.replace(released(lease, write).lease)
+        self.backend.replace(released_by_person(lease, datetime(2026, 1, 1, tzinfo=UTC)).lease)
 
     def mislead(self, device: DeviceKey, serial: str) -> None:
         """Writes a wrong serial number on the lock, as when a server reuses the device number of another device."""

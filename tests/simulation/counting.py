@@ -10,7 +10,7 @@ from usbip_plugin.errors import LockUnavailable, PluginError
 from usbip_plugin.locks import protocol
 from usbip_plugin.locks.protocol import Decision, Denied, LockMeta, Loss, Observation, Rules, Write
 from usbip_plugin.locks.record import Lease
-from usbip_plugin.model import Advertised, DeviceKey, Lock, NodeIdentity, Reason
+from usbip_plugin.model import Advertised, DeviceKey, Lock, NodeIdentity, PodRef, Reason
 from usbip_plugin.node.agent import MetricHooks
 
 RULES = (
@@ -96,8 +96,10 @@ class CountedRules:
             self._counts["R3 another boot, left" if other_boot else "R5 released"] += 1
         return decision
 
-    def _loss(self, lock: Lock | None, me: NodeIdentity, held_for: float, import_window: float) -> Loss:
-        loss = self._inner.decide_loss(lock, me, held_for, import_window)
+    def _loss(
+        self, lock: Lock | None, me: NodeIdentity, pod: PodRef | None, held_for: float, import_window: float
+    ) -> Loss:
+        loss = self._inner.decide_loss(lock, me, pod, held_for, import_window)
         if loss in LOSSES:
             self._counts[LOSSES[loss]] += 1
         return loss

@@ -73,9 +73,16 @@ def served(cluster: Cluster, node: ClusterNode) -> frozenset[str]:
     return frozenset(found)
 
 
+def _stays_released(lease: Lease | None, pod: PodRef | None) -> bool:
+    """Returns whether a person has emptied the lock, so that the device must not be attached again for the pod."""
+    lock = record.lock_of(lease) if lease is not None else None
+    return lock is not None and (lock.by_hand or any(str(pod) == str(other) for other in lock.released_from))
+
+
 TURN = "a node's turn comes"
 TAKEN_OVER = "the device of a frozen node is offered elsewhere in time"
 BY_SERVER = "one import, by the server's account"
+STAYS_RELEASED = "what a person has released is not taken back"
 SOURCE_KEPT = "the port of a half-open connection stays on its lock"
 
 
@@ -167,11 +174,16 @@ class Watch:
         if old[0] and not new[0] and after is not None:
             self._count_failure(old[0], record.lock_of(after))
         set_back = before is not None and self.chaos.set_back.get(before.name) == before.resource_version
-        if before is not None and record.lock_of(before).by_hand and new[0] in self.cluster.nodes and not set_back:
+        if before is not None and not before.holder and new[0] in self.cluster.nodes and not set_back:
             agent = self.cluster.nodes[new[0]].agent
-            claim = agent.claims.view.get(lease.name) if agent is not None else None
-            if claim is not None and claim.state in IN_USE:
-                self._fail("what a person has released is not taken back", f"{claim.key} by {new[0]}")
+            claims = agent.claims if agent is not None else None
+            claim = (claims.get(lease.name) or claims.moved_here(lease.name)) if claims is not None else None
+            if claim is not None and claim.state in IN_USE and _stays_released(before, claim.pod):
+                self._fail(STAYS_RELEASED, f"{claim.key} by {new[0]}")
+        if before is not None and after is not None and not set_back:
+            kept = record.lock_of(before).released_from
+            if record.lock_of(after).released_from[: len(kept)] != kept and len(kept) < record.MAX_RELEASED_FROM:
+                self._fail(STAYS_RELEASED, f"{lease.name} no longer says so")
         if after is not None and record.lock_of(after).by_hand:
             self._released_by_hand_of |= {(lease.name, pod) for pod in self.chaos.pods}
         if old[0] in self.cluster.nodes and not new[0] and after is not None and not record.lock_of(after).by_hand:
@@ -453,7 +465,10 @@ class Watch:
                     quiet
                     and device_id not in attached
                     and self.cluster.holder(key) in ("", node.name)
-                    and not any(map(self._released_by_hand, (key, self.chaos.moved.get(key, key))))
+                    and not any(
+                        _stays_released(self.cluster.backend.leases.get(place.id), entry.pod)
+                        for place in (key, self.chaos.moved.get(key, key))
+                    )
                     and (
                         (self.reachable(node, key) and self._as_claimed(node, key))
                         or self._followable(node, key, self.chaos.moved.get(key))
@@ -464,11 +479,6 @@ class Watch:
                     raise Violation(
                         "a pod's device is attached again", f"{what}: {state.value}, {health.get(device_id)}"
                     )
-
-    def _released_by_hand(self, key: DeviceKey) -> bool:
-        """Returns whether a person has emptied the lock, so that the device must not be attached again."""
-        lease = self.cluster.backend.leases.get(key.id)
-        return lease is not None and record.lock_of(lease).by_hand
 
     def _serial_number(self, node: ClusterNode, resource: str, device_id: str) -> None:
         """Checks that a device of the resource by serial number has that number."""

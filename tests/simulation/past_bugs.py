@@ -24,11 +24,11 @@ from usbip_plugin.kube.node_status import NodeStatusPublisher
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer
 from usbip_plugin.kubelet.pod_resources import PodResourcesWatcher
 from usbip_plugin.kubelet.publish import KubeletPublisher
-from usbip_plugin.locks import manager, protocol
+from usbip_plugin.locks import manager, protocol, record
 from usbip_plugin.locks.manager import Grant, LockManager
 from usbip_plugin.locks.protocol import LockStatus
 from usbip_plugin.locks.record import IMPORT_FROM
-from usbip_plugin.model import Descriptor, DeviceKey, Endpoint, Lock, NodeIdentity
+from usbip_plugin.model import Descriptor, DeviceKey, Endpoint, Lock, NodeIdentity, PodRef
 from usbip_plugin.usbip import client
 from usbip_plugin.usbip.poller import ExportState, ServerPoller
 from usbip_plugin.vhci.driver import PortState
@@ -119,6 +119,12 @@ def as_if_unavailable(device: str) -> LockUnavailable:
     return LockUnavailable(device, "a person has released it")
 
 
+def by_its_last_write(self: Lock, pod: PodRef | None) -> bool:
+    """Forgets a person's release as soon as another node takes the lock."""
+    del pod
+    return self.by_hand
+
+
 def also_of_an_earlier_boot(snapshot: Snapshot, key: DeviceKey, descriptor: Descriptor) -> bool:
     """Takes a device for free that a pod has had since before a reboot."""
     free = {i: status for i, status in snapshot.lock_statuses.items() if status is not LockStatus.OTHER_BOOT}
@@ -138,7 +144,10 @@ PAST: Mapping[str, Wrong] = {
         "write_again",
         write_again_though_lost,
         (ClaimLocks, "check_still_ours", look_at_the_lock_only),
-        (protocol, "released_by_hand", lambda _lease: False),
+        (Lock, "stays_released", lambda _lock, _pod: False),
+    ),
+    "a-released-lock-that-a-probe-takes": patched(
+        Lock, "stays_released", by_its_last_write, (record, "serial_annotations", lambda *_: {})
     ),
     "a-pod-that-lost-its-device-is-forgotten": patched(Releaser, "detach_and_release", finish_for_good),
     "a-device-of-two-resources": patched(health, "serves", anything, (attacher, "serves", anything)),

@@ -15,6 +15,7 @@ from tests.simulation.cluster_rig import (
     agent,
     by_serial,
     cluster,
+    detail,
     dongle,
     key,
     one_stick,
@@ -689,8 +690,7 @@ async def test_a_device_stays_attached_while_the_namespace_of_its_lease_is_delet
 @stepped
 async def test_a_lock_released_by_hand_is_not_taken_back_for_the_pod_that_had_it() -> None:
     async with one_stick() as (c, _lab, device):
-        a, b = c["node-a"], c["node-b"]
-        await c.admitted(device)
+        a, b = await c.taken(device), c["node-b"]
         c.release_by_hand(device)
         await c.becomes(a, device, healthy=False)
         await c.becomes(b, device, healthy=True)
@@ -700,6 +700,36 @@ async def test_a_lock_released_by_hand_is_not_taken_back_for_the_pod_that_had_it
         assert not await c.settle(lambda: bool(a.attached()), 60), "nor by the next process"
         assert reason(a, device) is Reason.LOCK_LOST
         assert await b.admit(pod("q"), "stick") is None
+        b.end(pod("q"))
+        await c.freed(device, within=60)
+        assert not await c.settle(lambda: bool(a.attached()), 60), "nor when another pod has had it"
+        assert "released by a person" in detail(a, device)
+        await a.stop()
+        a.start()
+        assert not await c.settle(lambda: bool(a.attached()), 60), "nor by the next process then"
+        a.end(pod("p"))
+        await c.becomes(a, device, healthy=True, within=60)
+        assert await a.admit(pod("r"), "stick") is None
+
+
+@stepped
+async def test_a_lock_released_by_hand_unseen_is_not_taken_back() -> None:
+    """The node has no API server while a person releases the lock, and another node has the device."""
+    async with one_stick() as (c, _lab, device):
+        a, b = c["node-a"], c["node-b"]
+        await c.taken(device)
+        a.silence(silent=True)
+        c.release_by_hand(device)
+        c.servers[device.server].drop(device.busid)
+        c.network.link(a.name, device.server).cut()
+        await c.becomes(b, device, healthy=True)
+        assert await b.admit(pod("q"), "stick") is None
+        b.end(pod("q"))
+        await c.freed(device, within=60)
+        c.network.link(a.name, device.server).mend()
+        a.silence(silent=False)
+        assert not await c.settle(lambda: bool(a.attached()), 60)
+        assert reason(a, device) is Reason.LOCK_LOST
 
 
 async def reattach_begins(c: Cluster, node: ClusterNode, device: DeviceKey) -> None:

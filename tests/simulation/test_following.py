@@ -299,6 +299,9 @@ async def test_a_person_who_releases_the_lock_of_the_place_has_the_device_detach
         await c.becomes(c["node-b"], HERE, healthy=True)
         assert await c["node-b"].admit(pod("q"), "stick") is None
         assert c["node-b"].attached() == {HERE}
+        c["node-b"].end(pod("q"))
+        await c.freed(HERE, within=60)
+        assert not await c.settle(lambda: bool(node.attached()), 60), "nor when another pod has had it"
 
 
 @pytest.mark.parametrize("place", [HERE, THERE], ids=["own server", "other server"])

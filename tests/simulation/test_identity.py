@@ -10,6 +10,7 @@ import pytest
 
 from tests.simulation.cluster_rig import (
     DONGLE,
+    LOCKS,
     STICK,
     Cluster,
     by_serial,
@@ -25,6 +26,7 @@ from tests.simulation.cluster_rig import (
     spec,
     stick,
 )
+from usbip_plugin.claims import ClaimState
 from usbip_plugin.config.schema import DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.errors import WrongSerial
 from usbip_plugin.inventory.handover import MAX_REREADS
@@ -284,3 +286,43 @@ async def test_a_device_that_two_resources_offer_is_logged_once(caplog: pytest.L
     assert _count(caplog, message) == 1
     (line,) = (line for line in caplog.records if line.getMessage() == message)
     assert line.__dict__["resources"] == ["one", "two"]
+
+
+@stepped
+async def test_after_a_reboot_a_pod_has_its_own_stick_and_not_one_that_was_read_while_the_lock_was_lost() -> None:
+    async with offered(stick("1-1", "RED")) as (c, lab, [device]):
+        node = await c.taken(device)
+        assert await c.settle(lambda: c.note(device, record.SERIAL) == "RED", POLLED)
+        c.steal(device)
+        assert await c.settle(lambda: not node.attached(), LOCKS.import_window + POLLED)
+        replug(lab, stick("1-1", "BLUE"))
+        c.mislead(device, "BLUE")
+        c.let_go(device)
+        assert await c.settle(lambda: c.holder(device) == node.name, POLLED)
+        assert not await c.settle(lambda: bool(node.held_in(ClaimState.ATTACHED)), 60)
+        assert c.note(device, record.SERIAL) == "RED", "the lock has the serial number of the pod's stick"
+        node.reboot()
+        node.start()
+        assert not await c.settle(lambda: bool(node.held_in(ClaimState.ATTACHED)), 60)
+        replug(lab, stick("1-1", "RED"))
+        assert await c.settle(lambda: node.held_in(ClaimState.ATTACHED) == {device}, POLLED)
+
+
+@stepped
+async def test_an_allocate_does_not_leave_the_serial_number_of_an_earlier_stick_on_the_lock() -> None:
+    """The kernel has read the one of the pod's stick only later, and the node may reboot before that is written."""
+    async with offered(stick("1-1", "RED")) as (c, lab, [device]):
+        await c.all_healthy(device)
+        node = await c.taken(device)
+        node.end(pod("p"))
+        await c.freed(device, within=60)
+        assert c.note(device, record.SERIAL) == "RED"
+        replug(lab, stick("1-1", "BLUE"))
+        await c.becomes(node, device, healthy=True)
+        written: list[tuple[str | None, str | None]] = []
+        c.backend.on_write = lambda _before, _after: written.append(
+            (c.note(device, record.PORT), c.note(device, record.SERIAL))
+        )
+        assert await node.admit(pod("q"), "stick") is None
+        assert await c.settle(lambda: c.note(device, record.SERIAL) == "BLUE", POLLED)
+        assert [serial for port, serial in written if port is not None] == [None, "BLUE"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 from usbip_plugin.claims import Claim, ClaimBook, ClaimState
 from usbip_plugin.context import NodeContext
@@ -43,7 +44,7 @@ class ClaimLocks:
             import_from = None
         if self.is_mine(claim.id):
             return await self._locks.renew(claim.key, import_from)
-        meta = LockMeta(usb_id=str(claim.usb_id), traceparent=claim.traceparent, import_from=import_from)
+        meta = _meta(claim, import_from)
         try:
             return await self._locks.acquire(claim.key, meta, claimed=True, attached=attached)
         except LockHeld as held:
@@ -57,7 +58,7 @@ class ClaimLocks:
 
         attached: whether the device is attached from there. Raises LockHeld, LockReleased or LockUnavailable.
         """
-        meta = LockMeta(str(claim.usb_id), None, claim.traceparent, in_place_of=claim.id, import_from=import_from)
+        meta = replace(_meta(claim, import_from), in_place_of=claim.id)
         return await self._locks.acquire(claim.location, meta, claimed=True, attached=attached)
 
     async def take_back(self, claim: Claim) -> tuple[DeviceKey, ...]:
@@ -122,3 +123,14 @@ class ClaimLocks:
         """Returns whether the lock, as last seen, names this boot of this node (R3)."""
         lock = self._locks.locks.get(device_id)
         return lock is not None and lock.names(self._me)
+
+
+def _meta(claim: Claim, import_from: Endpoint | None) -> LockMeta:
+    """Returns what the lock says of the claim's device and pod. Meanwhile it may have had another device's identity."""
+    return LockMeta(
+        str(claim.usb_id),
+        traceparent=claim.traceparent,
+        import_from=import_from,
+        serial=claim.serial or "",
+        pod=claim.pod,
+    )

@@ -272,7 +272,8 @@ class AttachmentMonitor:
             holder = lock.holder if lock is not None else ""
             if claim.port is not None or holder == self._me.node:
                 return Loss.REGAIN
-        return self._locks.rules.decide_loss(lock, self._me, held_for, self._locks.settings.import_window)
+        pod = claim.pod if claim is not None else None
+        return self._locks.rules.decide_loss(lock, self._me, pod, held_for, self._locks.settings.import_window)
 
     async def _report_loss(self, claim: Claim) -> None:
         """Reports once that the device of a Lost claim is detached here."""
@@ -318,7 +319,7 @@ class AttachmentMonitor:
             return
         self._tasks.book.move(claim, ClaimEvent.PORT_LOST)
         log.error("lock lost", extra={"device": str(claim.key), "place": str(claim.location), "holder": holder})
-        if lock is not None and lock.by_hand:
+        if lock is not None and lock.stays_released(claim.pod):
             text = f"a person has released the lock of {claim.location}; detaching the device here"
         else:
             text = f"the lock of {claim.location} names {holder or 'nobody'} now; re-attaching"

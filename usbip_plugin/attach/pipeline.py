@@ -348,7 +348,9 @@ class Pipeline:
         self._book.put(replace(self._book[device_id], port=port, attachment=None))
         # the kernel enumerates meanwhile, which takes far longer
         for locked in dict.fromkeys((claim.key, key)):
-            self._tasks.note_port(locked, port, imported.descriptor.usb_id)
+            # of a pod's first device nothing is promised yet, and the lock may have an earlier device's serial number
+            devid = imported.descriptor.devid if claim.serial is None and locked == key else None
+            self._tasks.note_port(locked, port, imported.descriptor.usb_id, devid)
         nodes = f", with {', '.join(claim.children)} nodes" if claim.children else ""
         progress.doing = f"waiting for {key} to enumerate on vhci port {port}{nodes}"
         with self.span("device node", key) as step:

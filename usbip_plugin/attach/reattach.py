@@ -352,8 +352,6 @@ class Reattacher:
         else:
             where = f"it is now plugged in at {claim.location}"
         self._events(DeviceEvent(EventKind.MOVED, claim.key, f"{where}; attached from there", claim.pod))
-        if claim.moved_to is not None and claim.pod is not None:
-            self._tasks.spawn(self._tasks.note_pod(claim.moved_to, claim.pod), f"note pod {claim.pod}")
 
     def _reattached(self, claim: Claim, before: Attachment | None, after: Attachment, whole: Span) -> None:
         verdict = self._verdict(claim, before, after)
@@ -367,9 +365,6 @@ class Reattacher:
         other_id = f" (USB ID {after.usb_id}, was {first})" if after.usb_id != first else ""
         self._events(DeviceEvent(what, claim.key, verdict.value + other_id, claim.pod))
         self._evict_if(verdict, claim)
-        lock = self._locks.locks.get(claim.id)
-        if claim.pod is not None and lock is not None and lock.pod is None:  # it was acquired again
-            self._tasks.spawn(self._tasks.note_pod(claim.key, claim.pod), f"note pod {claim.pod}")
 
     def _verdict(self, claim: Claim, before: Attachment | None, after: Attachment) -> AfterReattach:
         resource, by_cdi = self._resources.resource_of(claim), bool(claim.container_indexes)

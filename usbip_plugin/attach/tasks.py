@@ -72,7 +72,16 @@ class DeviceTasks:
         return self._mutexes.setdefault(device_id, asyncio.Lock())
 
     async def note_pod(self, key: DeviceKey, pod: PodRef) -> None:
-        """Writes the pod to the device's lock, for people. Logs a failure."""
+        """Writes the pod to the device's lock: a person's release holds for the pod that the lock names (R6).
+
+        Tries until the write succeeds, the lock is lost or the device is no longer in use here.
+        """
+        waits = backoff(self._rng, RELEASE_FIRST_WAIT, RELEASE_MAX_WAIT)
+        while not await self._record_pod(key, pod) and self.book.in_use(key.id):
+            await self.until_api_returns(next(waits))
+
+    async def _record_pod(self, key: DeviceKey, pod: PodRef) -> bool:
+        """Returns False, and logs why, if another try may succeed."""
         claim = self.book.get(key.id)
         context = remote_parent(claim.traceparent if claim is not None else None)
         with span(self._tracer, "pod", device_attributes(key) | pod_attributes(pod), context=context) as noted:
@@ -82,14 +91,19 @@ class DeviceTasks:
                 failed(noted, error)
                 extra = {"device": str(key), "pod": str(pod), "cause": str(error)}
                 log.warning("pod not recorded on the lock", extra=extra)
+                return isinstance(error, LockLost)
+        return True
 
-    def note_port(self, key: DeviceKey, port: int, usb_id: UsbId) -> None:
-        """Starts writing the number of the device's vhci port, and its USB ID, to its lock."""
-        self.spawn(self._write_port(key, port, usb_id), f"note port {port}")
+    def note_port(self, key: DeviceKey, port: int, usb_id: UsbId, devid: int | None = None) -> None:
+        """Starts writing the number of the device's vhci port, and its USB ID, to its lock.
 
-    async def _write_port(self, key: DeviceKey, port: int, usb_id: UsbId) -> None:
+        devid: of the device; what the lock has of one with another devid is removed. None to leave that.
+        """
+        self.spawn(self._write_port(key, port, usb_id, Identity(devid)), f"note port {port}")
+
+    async def _write_port(self, key: DeviceKey, port: int, usb_id: UsbId, read: Identity) -> None:
         try:
-            await self._locks.annotate(key, port=port, usb_id=usb_id)
+            await self._locks.annotate(key, port=port, usb_id=usb_id, identity=read)
         except (LockError, KubeError) as error:
             # only people and adoption need it, and the port record has the same
             log.warning("port not recorded on the lock", extra={"device": str(key), "port": port, "cause": str(error)})

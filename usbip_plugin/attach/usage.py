@@ -11,9 +11,9 @@ from usbip_plugin.attach.events import DeviceEvent, EventKind, EventSink
 from usbip_plugin.attach.reattach import Reattacher
 from usbip_plugin.attach.release import Releaser
 from usbip_plugin.attach.tasks import DeviceTasks
-from usbip_plugin.claims import IN_USE, Claim, ClaimState, DeviceUser, same_pod
+from usbip_plugin.claims import IN_USE, Claim, ClaimState, DeviceUser
 from usbip_plugin.context import NodeContext
-from usbip_plugin.model import PodRef, described
+from usbip_plugin.model import PodRef, described, same_pod
 
 log = logging.getLogger(__name__)
 
@@ -183,7 +183,8 @@ class UsageTracker:
         if after != claim:
             self._book.put(after)
         if after.pod is not None and after.pod != claim.pod:
-            self._tasks.spawn(self._tasks.note_pod(claim.key, after.pod), f"note pod {after.pod}")
+            for key in dict.fromkeys((claim.key, claim.location)):
+                self._tasks.spawn(self._tasks.note_pod(key, after.pod), f"note pod {after.pod}")
             # `kubectl describe pod` does not show an Event without the pod's uid, so the Event waits for it
             if after.pod.uid is not None and not (claim.pod and claim.pod.uid and same_pod(claim.pod, after.pod)):
                 self._report_to(after.pod, after)

@@ -10,9 +10,8 @@ from usbip_plugin.cli.tables import ago, stamp
 from usbip_plugin.config.schema import IMPORT_WINDOW_S
 from usbip_plugin.errors import KubeConflict, KubeForbidden, KubeNotFound, ReleaseRefused
 from usbip_plugin.locks.locked_devices import LockedDevice, last_sign
-from usbip_plugin.locks.protocol import Write, released
-from usbip_plugin.locks.record import BY_HAND, LeaseStore
-from usbip_plugin.model import NodeIdentity
+from usbip_plugin.locks.protocol import released_by_person
+from usbip_plugin.locks.record import LeaseStore
 
 
 def impact(details: DeviceDetails, known: LockedDevice) -> Iterator[str]:
@@ -27,10 +26,11 @@ def impact(details: DeviceDetails, known: LockedDevice) -> Iterator[str]:
         yield f"The node is alive {heartbeat}: it detaches the device as soon as it sees the empty lock."
     if lock.pod is None:
         yield "The lock does not name a pod: the device is being allocated, or its pod is not known yet."
+        yield "A pod that it does not name takes the device again once another has had it; wait a few seconds."
     elif details.pod in (PodStatus.GONE, PodStatus.ENDED):
         yield f"Its pod {lock.pod} {details.pod.value}."
     else:
-        yield f"Its pod {lock.pod} loses the device while it is running; open device files return errors."
+        yield f"Its pod {lock.pod} loses the device while it is running, for good; open device files return errors."
 
 
 def refusal(details: DeviceDetails, known: LockedDevice) -> str:
@@ -65,9 +65,8 @@ async def release(store: LeaseStore, known: LockedDevice, now: datetime) -> None
     """
     if not known.lease.holder:
         raise ReleaseRefused(f"{known.lock.device_id} has no holder")
-    write = Write(NodeIdentity(known.lease.holder, ""), now, BY_HAND, float(known.lease.duration_seconds or 0))
     try:
-        await store.replace(released(known.lease, write).lease)
+        await store.replace(released_by_person(known.lease, now).lease)
     except (KubeConflict, KubeNotFound) as error:
         name = known.device or known.lock.device_id
         text = f"the lock of {name} has changed since it was shown; nothing was written; run the command again"

@@ -168,11 +168,10 @@ def _claim_health(claim: Claim, snapshot: Snapshot) -> Health:
             why = (f"; {claim.blocked_by}" if claim.blocked_by else "") + _other_boot(snapshot, claim.id)
             return Health(Reason.LOST, f"connection to {claim.location.server} lost{why}")
         case ClaimState.LOST:
-            by_hand = (
-                "released by a person; delete its pod to make it available" if lock is not None and lock.by_hand else ""
-            )
             if lock is None or not lock.holder:
-                return Health(Reason.LOCK_LOST, by_hand)
+                stays = lock is not None and lock.stays_released(claim.pod)
+                cure = "released by a person; delete its pod to make it available" if stays else ""
+                return Health(Reason.LOCK_LOST, cure)
             other_boot = snapshot.lock_statuses.get(claim.id) is LockStatus.OTHER_BOOT
             return Health(Reason.LOCK_LOST, _held_by(lock) + (f" {OTHER_BOOT}" if other_boot else ""))
         case _ if (cause := snapshot.paused.get(claim.id)) is not None:  # a failed Allocate is being undone

@@ -217,10 +217,11 @@ class LockManager:
         async def decide(lease: Lease | None, write: Write) -> Decision:
             nonlocal former
             if lease is not None and protocol.is_set_back(lease, self._me, tenure):
-                free = replace(lease, holder="")
-                return self.rules.decide_acquire(free, key, meta or LockMeta(), write, None, True)
-            if claimed and lease is not None and protocol.released_by_hand(lease):
-                return Denied(lease)
+                before = replace(lease, holder="")
+                return self.rules.decide_acquire(before, key, meta or LockMeta(), write, None, True)
+            free = record.lock_of(lease) if lease is not None and protocol.is_free(lease) else None
+            if claimed and free is not None and free.stays_released(meta.pod if meta is not None else None):
+                return Denied(lease)  # a person has released it since the caller looked
             left = protocol.is_left(lease, self._me)
             other_boot = protocol.of_another_boot(lease, self._me)
             # an import under that write may not have begun yet (R1)
@@ -476,8 +477,8 @@ class LockManager:
 def _held(key: DeviceKey, lease: Lease | None, me: NodeIdentity) -> LockError:
     if lease is None:
         return LockUnavailable(str(key), "its Lease was deleted meanwhile")
-    if protocol.released_by_hand(lease):
-        return LockReleased(str(key))
+    if protocol.is_free(lease) and not protocol.is_left(lease, me):
+        return LockReleased(str(key))  # nothing else forbids to take it
     if protocol.is_free(lease):
         cause = "an earlier boot of a node may have the device, and no list shows it as free"
         return LockUnavailable(str(key), cause)

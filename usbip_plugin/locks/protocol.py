@@ -9,7 +9,8 @@ R4 Expired: unchanged for a whole duration, and after that the server, asked aga
    The list of a server that was seen to list devices in use shows nothing.
 R5 Release only when the local port is free (the caller's duty).
 R6 Lost: the holder is another node, another boot, or nobody. A lock that nobody holds is taken again first, and so is,
-   for a device that is attached here, a lock that a restore of etcd has set back to an earlier holder.
+   for a device that is attached here, a lock that a restore of etcd has set back to an earlier holder. A lock that a
+   person has released is never taken again for the pod that had the device.
 R7 API server unreachable: nothing new is taken, nothing held is released.
 
 The Lease is not a fence. The USB/IP server is: it exports a device to one client at a time. The rules ensure that no
@@ -30,7 +31,7 @@ from datetime import datetime
 
 from usbip_plugin.locks import record
 from usbip_plugin.locks.record import Lease
-from usbip_plugin.model import DeviceKey, Endpoint, Identity, Lock, NodeIdentity
+from usbip_plugin.model import DeviceKey, Endpoint, Identity, Lock, NodeIdentity, PodRef
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,10 @@ class LockMeta:
     """What the holder of a lock writes about the device. None leaves the annotations as they are.
 
     usb_id: "vendor:product" in hex.
+    serial: the serial number of the device that a pod has, "" if it is not known. With another one on the lock, the
+        next process would give the pod another device.
     identity: what was read from the device itself, merged into the annotations known so far.
+    pod: the pod for which the lock is taken again.
     traceparent: W3C trace context of the operation.
     in_place_of: ID of the device that is to be attached from this bus ID; None clears the annotation.
     import_from: from where this node is about to import. None removes that of another epoch.
@@ -49,6 +53,8 @@ class LockMeta:
     traceparent: str | None = None
     in_place_of: str | None = None
     import_from: Endpoint | None = None
+    serial: str | None = None
+    pod: PodRef | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,13 +196,25 @@ def decide_release(lease: Lease | None, write: Write, evident: bool) -> Decision
 
 
 def released(lease: Lease, write: Write) -> Replace:
-    """Returns the write that clears the holder of a lock, whoever it is. Only a person may write it for another node.
+    """Returns the write that clears the holder of a lock, whoever it is.
 
     Keeps what describes the device, and the last holder's traceparent, to which other nodes link their next steps.
     """
     gone = dict.fromkeys((record.BOOT_ID, record.PORT, record.POD, record.IN_PLACE_OF))
     notes = record.merged_annotations(lease.annotations, {**gone, record.WRITE_ID: write.write_id})
     return Replace(replace(lease, holder="", renew_time=write.at, annotations=notes))
+
+
+def released_by_person(lease: Lease, at: datetime) -> Replace:
+    """Returns the write by which a person clears the holder of a lock, whoever it is.
+
+    The lock is not taken again for the pod that it names (R6). at: wall clock time.
+    """
+    write = Write(NodeIdentity(lease.holder, ""), at, record.BY_HAND, 0.0)
+    after, lock = released(lease, write).lease, record.lock_of(lease)
+    pods = (*lock.released_from, lock.pod) if lock.pod is not None else lock.released_from
+    notes = {record.RELEASED_FROM: record.released_from_text(pods)}
+    return Replace(replace(after, annotations=record.merged_annotations(after.annotations, notes)))
 
 
 def decide_session(lease: Lease | None, write: Write) -> Decision:
@@ -227,11 +245,6 @@ def is_free(lease: Lease | None) -> bool:
 def is_left(lease: Lease | None, me: NodeIdentity) -> bool:
     """Returns whether nobody holds the lock, but the machine with another boot may have the device (R3)."""
     return lease is not None and is_free(lease) and lease.annotations.get(record.BOOT_ID) not in (None, me.boot_id)
-
-
-def released_by_hand(lease: Lease) -> bool:
-    """Returns whether a person has released the lock, and nobody has taken it since."""
-    return is_free(lease) and lease.annotations.get(record.WRITE_ID) == record.BY_HAND
 
 
 def is_mine(lease: Lease | None, me: NodeIdentity) -> bool:
@@ -300,14 +313,15 @@ class Loss(enum.Enum):
     """The device must be detached: a person has released it, or another holder keeps the lock."""
 
 
-def decide_loss(lock: Lock | None, me: NodeIdentity, held_for: float, import_window: float) -> Loss:
+def decide_loss(lock: Lock | None, me: NodeIdentity, pod: PodRef | None, held_for: float, import_window: float) -> Loss:
     """Decides what becomes of an attachment whose lock has changed (R6).
 
+    pod: the pod that has the device, None if it is not known.
     held_for: seconds for which this node has seen other holders in the lock.
     import_window: seconds after which a new holder has imported the device, or releases the lock again.
     """
     if lock is None or lock.holder == "":
-        return Loss.DETACH if lock is not None and lock.by_hand else Loss.REGAIN
+        return Loss.DETACH if lock is not None and lock.stays_released(pod) else Loss.REGAIN
     if lock.names(me):
         return Loss.NONE
     return Loss.WAIT if held_for < import_window else Loss.DETACH
@@ -367,7 +381,7 @@ def lock_status(lease: Lease | None, me: NodeIdentity, observation: Observation 
 
 def _taken(lease: Lease, key: DeviceKey, meta: LockMeta, write: Write) -> Lease:
     """Returns the record with this node as holder, a new epoch, and without the last holder's pod, port and boot."""
-    notes = {**_meta_notes(lease, key, meta), record.PORT: None, record.POD: None}
+    notes = {record.PORT: None, record.POD: None, **_meta_notes(lease, key, meta)}
     epoch = record.epoch_of(lease) + 1
     taken = _stamped(lease, write, notes, epoch)
     return replace(taken, holder=write.me.node, acquire_time=write.at, transitions=epoch)
@@ -392,9 +406,12 @@ def _stamped(lease: Lease, write: Write, changes: Mapping[str, str | None], epoc
 def _meta_notes(lease: Lease, key: DeviceKey, meta: LockMeta) -> dict[str, str | None]:
     notes: dict[str, str | None] = {**record.device_annotations(key), record.IN_PLACE_OF: meta.in_place_of}
     notes.update(record.usb_id_annotations(lease.annotations, meta.usb_id))
+    notes.update(record.serial_annotations(record.merged_annotations(lease.annotations, notes), meta.serial))
     notes.update(record.identity_annotations(record.merged_annotations(lease.annotations, notes), meta.identity))
     if meta.traceparent is not None:
         notes[record.TRACEPARENT] = meta.traceparent
+    if meta.pod is not None:
+        notes[record.POD] = record.pod_text(meta.pod)
     if meta.import_from is not None:
         notes[record.IMPORT_FROM] = str(meta.import_from)
     return notes
@@ -413,5 +430,5 @@ class Rules:
     observe: Callable[[Observation | None, Lease, Lease | None, float, float, float], Observation] = observe
     import_deadline: Callable[[float, float], float] = import_deadline
     may_import: Callable[[float, float], bool] = may_import
-    decide_loss: Callable[[Lock | None, NodeIdentity, float, float], Loss] = decide_loss
+    decide_loss: Callable[[Lock | None, NodeIdentity, PodRef | None, float, float], Loss] = decide_loss
     twin_may_import: Callable[[float, float], bool] = twin_may_import

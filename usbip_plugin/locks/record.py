@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 import hashlib
 import re
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from types import MappingProxyType
@@ -144,10 +144,19 @@ WRITE_ID = DOMAIN + "write-id"
 """Random mark of the last write, by which a plugin recognises its own write; or BY_HAND."""
 BY_HAND = "released-by-hand"
 """Value of WRITE_ID in a lock that a person has released, in place of a plugin's mark."""
+RELEASED_FROM = DOMAIN + "released-from"
+"""Pods that had the device when a person released its lock, as in POD, separated by commas, oldest first.
+
+Only a person's release writes it; nodes keep it. They do not take the lock again for these pods (R6).
+"""
+MAX_RELEASED_FROM = 8
+"""Number of pods that RELEASED_FROM keeps, the latest ones; fewer if they do not fit in MAX_NOTE characters."""
+MAX_NOTE = 1024
+"""Longest value of an annotation of this project (characters), as the admission policy has it."""
 OWN = frozenset(
     {
         *(LABEL, SERVER, BUSID, USB_ID, SERIAL, INTERFACES, READ_FROM),
-        *(BOOT_ID, PORT, POD, TRACEPARENT, IN_PLACE_OF, FAILED_EPOCH, IMPORT_FROM, FORMAT, WRITE_ID),
+        *(BOOT_ID, PORT, POD, TRACEPARENT, IN_PLACE_OF, FAILED_EPOCH, IMPORT_FROM, FORMAT, WRITE_ID, RELEASED_FROM),
     }
 )
 """The keys of all labels and annotations that this project writes."""
@@ -212,6 +221,7 @@ def lock_of(lease: Lease) -> Lock:
         read_from=read_from_of(notes.get(READ_FROM)),
         failed_epoch=int(failed) if (failed := _match(_EPOCH, notes.get(FAILED_EPOCH))) is not None else None,
         import_from=import_from_of(lease),
+        released_from=released_from_of(notes.get(RELEASED_FROM)),
     )
 
 
@@ -272,6 +282,22 @@ def pod_text(pod: PodRef) -> str:
     return str(pod) + (f"/{pod.uid}" if pod.uid else "")
 
 
+def released_from_of(text: str | None) -> tuple[PodRef, ...]:
+    """Returns the pods of RELEASED_FROM, without those that are not valid."""
+    if not text or len(text) > MAX_NOTE:
+        return ()
+    pods = map(pod_of, text.split(",")[-MAX_RELEASED_FROM:])
+    return tuple(pod for pod in pods if pod is not None)
+
+
+def released_from_text(pods: Sequence[PodRef]) -> str | None:
+    """Returns RELEASED_FROM for these pods, oldest first, or None for no pods. Leaves out the oldest if need be."""
+    texts = list(dict.fromkeys(map(pod_text, pods)))[-MAX_RELEASED_FROM:]
+    while len(text := ",".join(texts)) > MAX_NOTE:
+        del texts[0]
+    return text or None
+
+
 def interfaces_of(text: str | None) -> tuple[InterfaceClass, ...] | None:
     found = _match(_INTERFACES, text)
     if found is None:
@@ -306,6 +332,16 @@ def identity_annotations(notes: Mapping[str, str], identity: Identity | None) ->
     read = {SERIAL: identity.serial, INTERFACES: interfaces_text(identity.interfaces)}
     changes = {name: value for name, value in read.items() if value is not None or not same}
     return {**changes, READ_FROM: f"{identity.devid >> 16}:{identity.devid & 0xFFFF}"}
+
+
+def serial_annotations(notes: Mapping[str, str], serial: str | None) -> dict[str, str | None]:
+    """Returns the annotation changes that make this the serial number on the lock; "" for one that is not known.
+
+    Removes what was read from a device with another one. None changes nothing.
+    """
+    if serial is None or notes.get(SERIAL, "") == serial:
+        return {}
+    return {SERIAL: serial or None, INTERFACES: None, READ_FROM: None}
 
 
 def usb_id_annotations(notes: Mapping[str, str], usb_id: str | None) -> dict[str, str | None]:

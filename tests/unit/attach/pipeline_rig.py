@@ -82,7 +82,7 @@ class ScriptedLocks:
     """A lock manager that grants every lock unless the script raises. Steps: `acquire 1-1`, `renew 1-1` and so on.
 
     former: the holder before an acquire, for its Grant.
-    identities: the identities written to locks, in order.
+    identities: the identities written to locks, in order. metas: what each acquire was to write.
     """
 
     def __init__(self, clock: SimClock, script: Script) -> None:
@@ -90,6 +90,7 @@ class ScriptedLocks:
         self.locks: dict[str, Lock] = {}
         self.former: Lock | None = None
         self.identities: list[tuple[DeviceKey, Identity]] = []
+        self.metas: list[LockMeta] = []
         self._clock, self._script = clock, script
         self._subscribers: list[Callable[[LockChange], None]] = []
 
@@ -115,8 +116,9 @@ class ScriptedLocks:
     async def acquire(
         self, key: DeviceKey, meta: LockMeta | None = None, *, claimed: bool = False, attached: bool = False
     ) -> Grant:
-        import_from = meta.import_from if meta is not None else None
-        return replace(await self._written("acquire", key, import_from), former=self.former)
+        meta = meta or LockMeta()
+        self.metas.append(meta)
+        return replace(await self._written("acquire", key, meta.import_from), former=self.former)
 
     async def renew(self, key: DeviceKey, import_from: Endpoint | None = None) -> Grant:
         before = self.locks.get(key.id)
@@ -248,14 +250,19 @@ class ScriptedVhci(SimulatedVhci):
 
 
 class ScriptedTasks(DeviceTasks):
-    """Tasks whose notes on locks are steps, such as `note port 0 of 1-1`. identities: those to be noted on locks."""
+    """Tasks whose notes on locks are steps, such as `note port 0 of 1-1`.
+
+    identities: those to be noted on locks. devids: those of the notes of ports.
+    """
 
     def __init__(self, context: NodeContext, locks: LockManager, script: Script) -> None:
         super().__init__(context, ClaimBook(), locks)
         self.identities: list[tuple[DeviceKey, Identity]] = []
+        self.devids: list[tuple[DeviceKey, int | None]] = []
         self._script = script
 
-    def note_port(self, key: DeviceKey, port: int, usb_id: UsbId) -> None:
+    def note_port(self, key: DeviceKey, port: int, usb_id: UsbId, devid: int | None = None) -> None:
+        self.devids.append((key, devid))
         self._script.steps.append(f"note port {port} of {key.busid}")
 
     def note_identity(self, key: DeviceKey, identity: Identity) -> None:

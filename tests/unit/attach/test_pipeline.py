@@ -31,7 +31,7 @@ from usbip_plugin.errors import (
     WrongDevice,
     WrongSerial,
 )
-from usbip_plugin.model import DeviceKey, Endpoint, Identity, InterfaceRules, UsbId
+from usbip_plugin.model import DeviceKey, Endpoint, Identity, InterfaceRules, PodRef, UsbId
 from usbip_plugin.usbip.poller import ServerFlaw
 from usbip_plugin.vhci.driver import PortState
 from usbip_plugin.vhci.sysfs import PortStatus
@@ -504,6 +504,32 @@ async def test_the_port_is_noted_on_each_lock_before_the_device_enumerates(r: Ri
     await r.reattach()
     steps = [step for step in r.script.steps if step.startswith(("note port", "enumerate"))]
     assert steps == ["note port 0 of 1-1", "note port 0 of 1-2", "enumerate 1-2"]
+
+
+@pytest.mark.parametrize(("serial", "devid"), [(None, DEVID), ("S1", None)])
+@on_rig
+async def test_the_lock_keeps_no_serial_number_of_an_earlier_device_unless_the_pod_was_promised_one(
+    r: Rig, serial: str | None, devid: int | None
+) -> None:
+    r.kernel.serials[KEY] = "S1"
+    await r.attach(serial=serial)
+    assert r.tasks.devids == [(KEY, devid)]
+
+
+@on_rig
+async def test_the_claims_own_lock_keeps_its_serial_number_when_the_device_is_attached_from_elsewhere(r: Rig) -> None:
+    r.lost(moved_to=OTHER_KEY, serial=None)
+    await r.reattach()
+    assert r.tasks.devids == [(KEY, None), (OTHER_KEY, DEVID)]
+
+
+@on_rig
+async def test_a_lock_that_is_taken_again_says_whose_device_it_is(r: Rig) -> None:
+    r.lost(serial="S1", pod=PodRef("ns", "p", "u"))
+    r.locks.hold(KEY, "")
+    await r.reattach()
+    (meta,) = r.locks.metas
+    assert (meta.serial, meta.pod) == ("S1", PodRef("ns", "p", "u"))
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from usbip_plugin.cli.explain import DeviceDetails, PodStatus
 from usbip_plugin.cli.release import impact, refusal, release
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.errors import KubeForbidden, ReleaseRefused
+from usbip_plugin.locks import record
 from usbip_plugin.locks.locked_devices import LockedDevice, known_devices
 from usbip_plugin.locks.record import Lease
 from usbip_sim.leases import MemoryBackend, MemoryLeases
@@ -74,6 +75,9 @@ async def test_a_release_clears_the_holder_and_keeps_the_lock() -> None:
     left = set(after.annotations)
     assert left >= {"usbip.dev/server", "usbip.dev/busid", "usbip.dev/usb-id"}
     assert not left & {"usbip.dev/pod", "usbip.dev/vhci-port", "usbip.dev/boot-id"}
+    pod = known("node-a").lock.pod
+    assert pod is not None
+    assert record.lock_of(after).stays_released(pod)
 
 
 async def test_a_lock_that_changed_since_it_was_shown_is_left_alone() -> None:

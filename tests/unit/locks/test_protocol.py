@@ -202,8 +202,24 @@ def test_r3_a_lock_of_another_boot_is_left_with_its_boot_and_taken_only_if_the_s
     assert protocol.is_left(unknown.lease, ME), "a lock without a boot id is of another boot"
 
 
-def by_hand(lease: Lease) -> Lock:
-    return record.lock_of(replace(lease, annotations={**lease.annotations, record.WRITE_ID: record.BY_HAND}))
+MY_POD = PodRef("ns", "pod", "uid")
+
+
+def released_by_person(lease: Lease) -> Lease:
+    return protocol.released_by_person(lease, WHEN).lease
+
+
+def of(lease: Lease) -> Lock:
+    return record.lock_of(lease)
+
+
+def had_by_others(lease: Lease) -> Lease:
+    """Returns the lock after another node has taken and released it."""
+    taken = protocol.decide_acquire(lease, KEY, META, write(OTHER), None, importable=False)
+    assert isinstance(taken, Replace)
+    after = protocol.decide_release(taken.lease, write(OTHER), False)
+    assert isinstance(after, Replace)
+    return after.lease
 
 
 @pytest.mark.parametrize(
@@ -212,7 +228,10 @@ def by_hand(lease: Lease) -> Lock:
         (record.lock_of(held(ME)), 99.0, Loss.NONE),
         (None, 99.0, Loss.REGAIN),
         (record.lock_of(released(OTHER)), 99.0, Loss.REGAIN),
-        (by_hand(released(ME)), 0.0, Loss.DETACH),
+        (of(released_by_person(held(ME))), 0.0, Loss.DETACH),
+        (of(had_by_others(released_by_person(held(ME)))), 99.0, Loss.DETACH),
+        (of(had_by_others(released_by_person(had_by_others(released_by_person(held(ME)))))), 99.0, Loss.DETACH),
+        (of(had_by_others(released_by_person(released(ME)))), 99.0, Loss.REGAIN),  # it named no pod
         (record.lock_of(held(OTHER)), 9.9, Loss.WAIT),
         (record.lock_of(held(OTHER)), 10.0, Loss.DETACH),
         (record.lock_of(held(REBOOTED)), 9.9, Loss.WAIT),
@@ -222,7 +241,53 @@ def by_hand(lease: Lease) -> Lock:
 def test_r6_a_device_is_detached_for_a_holder_that_stays_or_a_person_only(
     lock: Lock | None, held_for: float, loss: Loss
 ) -> None:
-    assert protocol.decide_loss(lock, ME, held_for, 10.0) is loss
+    assert protocol.decide_loss(lock, ME, MY_POD, held_for, 10.0) is loss
+
+
+@pytest.mark.parametrize(
+    ("pod", "loss"),
+    [
+        (MY_POD, Loss.DETACH),
+        (PodRef("ns", "pod"), Loss.DETACH),  # its uid is not known yet
+        (PodRef("ns", "pod", "another"), Loss.REGAIN),  # a StatefulSet's next pod
+        (PodRef("ns", "other", "uid"), Loss.REGAIN),
+        (None, Loss.REGAIN),
+    ],
+)
+def test_r6_a_persons_release_holds_for_the_pod_that_had_the_device(pod: PodRef | None, loss: Loss) -> None:
+    lock = of(had_by_others(released_by_person(held(ME))))
+    assert protocol.decide_loss(lock, ME, pod, 0.0, 10.0) is loss
+    assert protocol.decide_loss(of(released_by_person(held(ME))), ME, pod, 0.0, 10.0) is Loss.DETACH, "not taken since"
+
+
+@pytest.mark.parametrize(
+    ("before", "serial", "after"),
+    [
+        ({record.SERIAL: "RED", record.READ_FROM: "1:4", record.INTERFACES: "080650"}, "RED", ("RED", "1:4", "080650")),
+        ({record.SERIAL: "RED", record.READ_FROM: "1:4"}, None, ("RED", "1:4", None)),
+        ({record.SERIAL: "BLUE", record.READ_FROM: "1:5", record.INTERFACES: "080650"}, "RED", ("RED", None, None)),
+        ({record.SERIAL: "BLUE", record.READ_FROM: "1:5", record.INTERFACES: "080650"}, "", (None, None, None)),
+        ({}, "RED", ("RED", None, None)),
+        ({record.SERIAL: "", record.READ_FROM: "1:4"}, "", ("", "1:4", None)),
+    ],
+)
+def test_a_lock_that_is_taken_for_a_pod_has_the_serial_number_of_the_pods_device(
+    before: dict[str, str], serial: str | None, after: tuple[str | None, str | None, str | None]
+) -> None:
+    lease = replace(released(OTHER), annotations={**released(OTHER).annotations, **before})
+    decision = protocol.decide_acquire(lease, KEY, replace(META, serial=serial), write(ME), None, importable=False)
+    assert isinstance(decision, Replace)
+    notes = decision.lease.annotations
+    assert (notes.get(record.SERIAL), notes.get(record.READ_FROM), notes.get(record.INTERFACES)) == after
+
+
+def test_a_lock_that_is_taken_again_names_the_pod_at_once() -> None:
+    decision = protocol.decide_acquire(held(OTHER), KEY, replace(META, pod=MY_POD), write(OTHER), None, False)
+    assert isinstance(decision, Replace)
+    assert of(decision.lease).pod == MY_POD
+    anew = protocol.decide_acquire(released(ME), KEY, replace(META, pod=MY_POD), write(ME), None, False)
+    assert isinstance(anew, Replace)
+    assert of(anew.lease).pod == MY_POD
 
 
 @pytest.mark.parametrize(

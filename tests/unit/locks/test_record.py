@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
 from tests.rigs.vocabulary import KEY
-from usbip_plugin.locks.record import BUSID, FAILED_EPOCH, OWN, SERVER, USB_ID, Lease, lock_of
-from usbip_plugin.model import DeviceKey, ServerKey
+from usbip_plugin.locks.record import (
+    BUSID,
+    FAILED_EPOCH,
+    MAX_NOTE,
+    MAX_RELEASED_FROM,
+    OWN,
+    RELEASED_FROM,
+    SERVER,
+    USB_ID,
+    Lease,
+    lock_of,
+    released_from_of,
+    released_from_text,
+)
+from usbip_plugin.model import DeviceKey, PodRef, ServerKey
 
 ROOT = Path(__file__).parents[3]
 
@@ -51,8 +65,41 @@ def test_only_a_short_number_is_the_epoch_of_a_failure(text: str, epoch: int | N
     assert lock_of(Lease(name=KEY.id, annotations={FAILED_EPOCH: text})).failed_epoch == epoch
 
 
+PODS = tuple(PodRef("ns", f"pod-{number}", "u" * 36) for number in range(12))
+
+
+@pytest.mark.parametrize(
+    ("text", "pods"),
+    [
+        ("ns/a/u,ns/b", (PodRef("ns", "a", "u"), PodRef("ns", "b"))),
+        ("ns/a/u,,/,x", (PodRef("ns", "a", "u"),)),
+        ("", ()),
+        ("ns/a/u," * 200, ()),  # nobody wrote that
+        (",".join("ns/" + str(number) for number in range(100)), tuple(PodRef("ns", str(n)) for n in range(92, 100))),
+    ],
+)
+def test_the_pods_of_a_persons_release_are_read_one_by_one(text: str, pods: tuple[PodRef, ...]) -> None:
+    assert lock_of(Lease(name=KEY.id, annotations={RELEASED_FROM: text})).released_from == pods
+
+
+@pytest.mark.parametrize("long", [1, 200])
+def test_the_latest_pods_of_a_persons_release_are_kept_in_a_value_of_bounded_length(long: int) -> None:
+    pods = [replace(pod, name=pod.name + "x" * long) for pod in PODS]
+    kept: list[PodRef] = []
+    for pod in pods:
+        text = released_from_text([*kept, pod])
+        assert text is not None
+        assert len(text) <= MAX_NOTE
+        kept = list(released_from_of(text))
+        assert kept[-1] == pod
+    assert kept == pods[-len(kept) :]
+    assert len(kept) == (MAX_RELEASED_FROM if long == 1 else 4)
+    assert released_from_text([]) is None
+
+
 def test_the_admission_policy_knows_every_key_that_the_plugin_writes() -> None:
     policy = next(yaml.safe_load_all((ROOT / "rbac/40-admission.yaml").read_text(encoding="utf-8")))
     (keys,) = [one["expression"] for one in policy["spec"]["variables"] if one["name"] == "keys"]
     later = {"usbip.dev/format", "usbip.dev/import-from"}  # a plugin of the next version may write them
-    assert set(ast.literal_eval(" ".join(keys.split()))) == OWN | later
+    persons = {RELEASED_FROM}  # a node may keep it, but must not say what a person has done
+    assert set(ast.literal_eval(" ".join(keys.split()))) == (OWN | later) - persons
