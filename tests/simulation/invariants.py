@@ -180,7 +180,8 @@ class Watch:
             claim = (claims.get(lease.name) or claims.moved_here(lease.name)) if claims is not None else None
             if claim is not None and claim.state in IN_USE and _stays_released(before, claim.pod):
                 self._fail(STAYS_RELEASED, f"{claim.key} by {new[0]}")
-        if before is not None and after is not None and not set_back:
+        by_a_node = (new[0] or old[0]) in self.cluster.nodes
+        if before is not None and after is not None and by_a_node and not set_back:
             kept = record.lock_of(before).released_from
             if record.lock_of(after).released_from[: len(kept)] != kept and len(kept) < record.MAX_RELEASED_FROM:
                 self._fail(STAYS_RELEASED, f"{lease.name} no longer says so")
