@@ -662,6 +662,26 @@ async def test_a_deleted_lease_is_written_again_and_its_device_stays_attached(re
 
 
 @stepped
+async def test_what_a_lock_says_of_pod_and_serial_number_is_written_once_the_api_server_takes_it() -> None:
+    refusing = True
+    lab = server("lab", stick("1-1"))
+    device = key(lab, "1-1")
+
+    def fate(_node: str, operation: Operation) -> Fate:
+        refused = refusing and operation.verb == "update" and operation.name == device.id
+        return Fate(refused=KubeForbidden("update", "leases", "for now")) if refused else FINE
+
+    async with cluster(replace(spec([lab], resource("stick", [lab])), faults=fate)) as c:
+        node = await c.admitted(device)
+        await c.knows_its_pod(node, device)
+        await asyncio.sleep(10)
+        assert (c.note(device, record.POD), c.note(device, record.SERIAL)) == (None, None)
+        refusing = False
+        await c.noted(device, "p")
+        assert await c.settle(lambda: c.note(device, record.SERIAL) is not None, SETTLE)
+
+
+@stepped
 async def test_a_device_stays_attached_while_the_namespace_of_its_lease_is_deleted() -> None:
     """The API server creates nothing in a namespace that is being deleted (NamespaceLifecycle), and 404 follows."""
     refusals: list[KubeError] = [KubeForbidden("create", "leases", "the namespace is being terminated")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import weakref
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 
 from usbip_plugin.claims import ClaimBook
 from usbip_plugin.clock import backoff
@@ -74,25 +74,45 @@ class DeviceTasks:
     async def note_pod(self, key: DeviceKey, pod: PodRef) -> None:
         """Writes the pod to the device's lock: a person's release holds for the pod that the lock names (R6).
 
-        Tries until the write succeeds, the lock is lost or the device is no longer in use here.
+        Tries until the write succeeds, the lock is lost or the pod has the device no more.
         """
-        waits = backoff(self._rng, RELEASE_FIRST_WAIT, RELEASE_MAX_WAIT)
-        while not await self._record_pod(key, pod) and self.book.in_use(key.id):
-            await self.until_api_returns(next(waits))
 
-    async def _record_pod(self, key: DeviceKey, pod: PodRef) -> bool:
-        """Returns False, and logs why, if another try may succeed."""
+        def has_it() -> bool:
+            claim = self.book.get(key.id) or self.book.moved_here(key.id)
+            return claim is not None and claim.pod == pod
+
         claim = self.book.get(key.id)
         context = remote_parent(claim.traceparent if claim is not None else None)
         with span(self._tracer, "pod", device_attributes(key) | pod_attributes(pod), context=context) as noted:
-            try:
-                await self._locks.annotate(key, pod=pod)
-            except (LockError, KubeError) as error:
+            error = await self._annotate(key, pod=pod)
+            if error is not None:
                 failed(noted, error)
                 extra = {"device": str(key), "pod": str(pod), "cause": str(error)}
                 log.warning("pod not recorded on the lock", extra=extra)
-                return isinstance(error, LockLost)
-        return True
+        if error is not None:
+            await self._try_again(error, lambda: self._annotate(key, pod=pod), has_it)
+
+    async def _annotate(
+        self, key: DeviceKey, *, pod: PodRef | None = None, identity: Identity | None = None
+    ) -> LockError | KubeError | None:
+        """Writes to a lock, which must be this node's. Returns the error if that failed."""
+        try:
+            await self._locks.annotate(key, pod=pod, identity=identity)
+        except (LockError, KubeError) as error:
+            return error
+        return None
+
+    async def _try_again(
+        self,
+        error: LockError | KubeError | None,
+        write: Callable[[], Awaitable[LockError | KubeError | None]],
+        needed: Callable[[], bool],
+    ) -> None:
+        """Repeats a write to a lock that has failed until it succeeds, the lock is lost or needed() is false."""
+        waits = backoff(self._rng, RELEASE_FIRST_WAIT, RELEASE_MAX_WAIT)
+        while error is not None and not isinstance(error, LockLost) and needed():
+            await self.until_api_returns(next(waits))
+            error = await write()
 
     def note_port(self, key: DeviceKey, port: int, usb_id: UsbId, devid: int | None = None) -> None:
         """Starts writing the number of the device's vhci port, and its USB ID, to its lock.
@@ -117,23 +137,18 @@ class DeviceTasks:
         self.spawn(self._keep_writing_identity(key, identity), f"note serial number of {key}")
 
     async def _keep_writing_identity(self, key: DeviceKey, identity: Identity) -> None:
-        waits = backoff(self._rng, RELEASE_FIRST_WAIT, RELEASE_MAX_WAIT)
-        while not await self.record_identity(key, identity) and self.book.in_use(key.id):
-            await self.until_api_returns(next(waits))
+        error = await self.record_identity(key, identity)
+        await self._try_again(error, lambda: self._annotate(key, identity=identity), lambda: self.book.in_use(key.id))
 
-    async def record_identity(self, key: DeviceKey, identity: Identity) -> bool:
+    async def record_identity(self, key: DeviceKey, identity: Identity) -> LockError | KubeError | None:
         """Writes the identity that was read from a device to its lock, which must be this node's.
 
-        Returns False, and logs why, if another try may succeed. Returns True also if the lock is lost.
+        Returns the error if that failed, and logs it unless the lock is lost.
         """
-        try:
-            await self._locks.annotate(key, identity=identity)
-        except LockLost:
-            return True
-        except (LockError, KubeError) as error:
+        error = await self._annotate(key, identity=identity)
+        if error is not None and not isinstance(error, LockLost):
             log.warning("serial number not recorded on the lock", extra={"device": str(key), "cause": str(error)})
-            return False
-        return True
+        return error
 
     async def until_api_returns(self, seconds: float) -> None:
         """Waits until the API server is reachable, for at most this many seconds.
