@@ -132,7 +132,7 @@ async def release_first(self: Releaser, device_id: str, **options: bool) -> None
 
 
 async def renew_only(self: ClaimLocks, claim: Claim, import_from: Endpoint | None, **_options: bool) -> Grant:
-    return await self._locks.renew(claim.key, import_from)
+    return await self._locks.renew(claim.key, LockMeta(import_from=import_from))
 
 
 def ignore(*_arguments: object) -> None:

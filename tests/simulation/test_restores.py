@@ -1,5 +1,7 @@
 """etcd restored from a backup: every node agrees with the API server, and no device is detached for it."""
 
+from dataclasses import replace
+
 import pytest
 
 from tests.simulation.chaos import BUMP
@@ -122,6 +124,45 @@ async def test_a_device_stays_attached_though_its_lock_is_released_by_hand_as_it
         c.backend.restore(backup)
         await stays(c, c["node-b"], device, "q")
         assert lab.table.granted == 2, "two imports, one by each node"
+
+
+OUTDATED = {
+    record.POD: "default/before/u",
+    record.PORT: "7",
+    record.SERIAL: "BLUE",
+    record.USB_ID: "1a86:7523",
+    record.IMPORT_FROM: "10.102.0.9:40000",
+}
+
+
+@bumps
+@pytest.mark.parametrize("outdated", [*OUTDATED.items(), None], ids=str)
+@stepped
+async def test_a_lock_that_says_of_its_device_what_was_so_at_the_backup_is_corrected(
+    bump: int, outdated: tuple[str, str] | None
+) -> None:
+    changes = OUTDATED if outdated is None else dict([outdated])
+    async with one_stick() as (c, lab, device):
+        node = await c.taken(device)
+        backup = c.backend.backup()
+        said = backup.leases[device.id]
+        before = replace(said, annotations={**said.annotations, **changes})
+        c.backend.restore(replace(backup, leases={**backup.leases, device.id: before}), bump)
+        assert await c.settle(
+            lambda: all(c.note(device, n) == said.annotations[n] for n in OUTDATED), WATCH_AGAIN_S + 1
+        )
+        assert await c.settle(lambda: agree(c), WATCH_AGAIN_S)
+        await stays(c, node, device)
+        assert lab.table.granted == 1
+
+
+@stepped
+async def test_a_list_that_shows_no_other_lock_costs_no_write() -> None:
+    async with one_stick() as (c, _lab, device):
+        await c.taken(device)
+        version = c.backend.leases[device.id].resource_version
+        c.backend.restore(c.backend.backup())
+        assert not await c.settle(lambda: c.backend.leases[device.id].resource_version != version, 30)
 
 
 async def stays(c: Cluster, node: ClusterNode, device: DeviceKey, name: str = "p") -> None:

@@ -143,6 +143,9 @@ def test_a_device_waits_for_a_pod_that_is_bound_to_the_node() -> None:
     assert usage_ended(absent_twice(), 13.0, elsewhere)
     assert not usage_ended(absent_twice(), 11.9 + BOUND_POD_S, bound)
     assert usage_ended(absent_twice(), 12.0 + BOUND_POD_S, bound), "its Allocate may never come"
+    adopted = replace(absent_twice(), resource=None)
+    assert not usage_ended(adopted, 11.9 + BOUND_POD_S, elsewhere), "it may be of any resource"
+    assert usage_ended(adopted, 12.0 + BOUND_POD_S, elsewhere)
 
 
 def test_the_device_of_a_pod_that_ended_by_itself_waits_for_the_next_pod_of_a_job() -> None:

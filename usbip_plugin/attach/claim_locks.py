@@ -17,7 +17,7 @@ from usbip_plugin.errors import OTHER_BOOT, LockHeld, LockLost, LockUnavailable
 from usbip_plugin.locks.manager import Grant, LockManager
 from usbip_plugin.locks.protocol import LockMeta
 from usbip_plugin.locks.watch import LockChange
-from usbip_plugin.model import DeviceKey, Endpoint
+from usbip_plugin.model import DeviceKey, Endpoint, Lock
 
 
 class ClaimLocks:
@@ -43,7 +43,7 @@ class ClaimLocks:
         if claim.moved_to is not None:
             import_from = None
         if self.is_mine(claim.id):
-            return await self._locks.renew(claim.key, import_from)
+            return await self._locks.renew(claim.key, _meta(claim, import_from))
         meta = _meta(claim, import_from)
         try:
             return await self._locks.acquire(claim.key, meta, claimed=True, attached=attached)
@@ -60,6 +60,12 @@ class ClaimLocks:
         """
         meta = replace(_meta(claim, import_from), in_place_of=claim.id)
         return await self._locks.acquire(claim.location, meta, claimed=True, attached=attached)
+
+    async def say_again(self, claim: Claim) -> None:
+        """Writes to the locks of an attached device all that they say of it. Raises LockLost or LockUnavailable."""
+        for key in dict.fromkeys((claim.key, claim.location)):
+            meta = replace(_meta(claim, claim.import_from if key == claim.location else None), port=claim.port)
+            await self._locks.renew(key, replace(meta, in_place_of=claim.id) if key != claim.key else meta)
 
     async def take_back(self, claim: Claim) -> tuple[DeviceKey, ...]:
         """Takes those locks of an attached device again that no longer name this node (R6). Returns which."""
@@ -123,6 +129,18 @@ class ClaimLocks:
         """Returns whether the lock, as last seen, names this boot of this node (R3)."""
         lock = self._locks.locks.get(device_id)
         return lock is not None and lock.names(self._me)
+
+
+def says_otherwise(lock: Lock, claim: Claim) -> bool:
+    """Returns whether a lock of an attached device says something of it that is not so, for example after a restore."""
+    others = (
+        (claim.port, lock.port),
+        (claim.usb_id, lock.usb_id),
+        (claim.pod, lock.pod),
+        (claim.serial, lock.serial),
+        (claim.import_from if lock.device_id == claim.location.id else None, lock.import_from),
+    )
+    return any(known is not None and known != said for known, said in others)
 
 
 def _meta(claim: Claim, import_from: Endpoint | None) -> LockMeta:

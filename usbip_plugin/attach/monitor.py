@@ -12,15 +12,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from usbip_plugin.attach.cdi import CdiSpecs
+from usbip_plugin.attach.claim_locks import says_otherwise
 from usbip_plugin.attach.events import DeviceEvent, EventKind, EventSink
 from usbip_plugin.attach.pipeline import Pipeline, own_port
 from usbip_plugin.attach.reattach import REATTACH_FIRST_WAIT, Reattacher
 from usbip_plugin.attach.release import Releaser
-from usbip_plugin.attach.tasks import DeviceTasks
+from usbip_plugin.attach.tasks import DeviceTasks, failure_of
 from usbip_plugin.claims import Claim, ClaimEvent, ClaimState, Resources
 from usbip_plugin.config.schema import OnLoss
 from usbip_plugin.context import NodeContext
-from usbip_plugin.errors import CdiError, VhciError
+from usbip_plugin.errors import CdiError, KubeError, LockError, VhciError
 from usbip_plugin.locks.manager import LockManager
 from usbip_plugin.locks.protocol import Loss
 from usbip_plugin.locks.watch import LockChange
@@ -218,6 +219,8 @@ class AttachmentMonitor:
             self._regain(change.device_id)
             return
         if self._loss(change.device_id, 0.0) is Loss.NONE:
+            if change.listed:
+                self._say_again(change.device_id)
             return
         self._location_lost(change.device_id, change.new)
         claim = self._tasks.book.get(change.device_id)
@@ -230,6 +233,29 @@ class AttachmentMonitor:
             log.error("lock lost", extra={"device": str(claim.key), "holder": change.holder})
         self._reattacher.look_again(change.device_id)
         self.begin_withdrawal(change.device_id)
+
+    def _say_again(self, device_id: str) -> None:
+        """Begins to correct a lock of this node that says what was so earlier: a restore of etcd has set it back.
+
+        The next process would take the lock's word for it, and release the device of a pod that the lock does not name.
+        """
+        claim = self._tasks.book.get(device_id) or self._tasks.book.moved_here(device_id)
+        lock = self._locks.locks.get(device_id)
+        if claim is None or lock is None or claim.state is not ClaimState.ATTACHED or not says_otherwise(lock, claim):
+            return
+
+        def attached() -> bool:
+            now = self._tasks.book.get(claim.id)
+            return now is not None and now.state is ClaimState.ATTACHED
+
+        async def write() -> LockError | KubeError | None:
+            async with self._tasks.mutex(claim.id):
+                return await failure_of(self._pipeline.say_again(claim.id)) if attached() else None
+
+        async def correct() -> None:
+            await self._tasks.try_again(await write(), write, attached)
+
+        self._tasks.spawn(correct(), f"correct the lock of {claim.key}")
 
     def begin_reattach(self, device_id: str) -> None:
         """Begins to re-attach the device of a Reattaching claim. Returns at once."""

@@ -229,7 +229,7 @@ class Pipeline:
             except AttachStuck:  # the port stuck in status 005 (used, no address) and is free again: one more try
                 with contextlib.closing(await self._bind(claim.key)) as another:
                     # the failed try may have used up the import window of the first write: R1 requires a new write
-                    renewed = await self._locks.renew(claim.key, another.endpoint)
+                    renewed = await self._locks.renew(claim.key, replace(meta, import_from=another.endpoint))
                     return await self._attach(claim.id, renewed, another, deadline, progress)
         except DeviceBusy:
             if grant.former is not None:
@@ -300,6 +300,10 @@ class Pipeline:
             if now.serial is not None and port is not None:
                 self._tasks.note_identity(key, Identity(port.devid, now.serial))
         return attachment
+
+    async def say_again(self, device_id: str) -> None:
+        """Writes to the locks of an attached device all that they say of it. Raises LockLost or LockUnavailable."""
+        await self._claim_locks.say_again(self._book[device_id])
 
     async def detach_from_location(self, device_id: str) -> None:
         """Detaches the device from the claim's moved_to, releases the lock of that location (R5) and unsets moved_to.

@@ -26,6 +26,15 @@ RELEASE_MAX_WAIT = 5.0
 """Longest wait in seconds, without jitter (20 %), between two tries to release a device or to annotate its lock."""
 
 
+async def failure_of(write: Awaitable[object]) -> LockError | KubeError | None:
+    """Awaits a write to a lock, and returns the error with which it failed, None if it succeeded."""
+    try:
+        await write
+    except (LockError, KubeError) as error:
+        return error
+    return None
+
+
 class DeviceTasks:
     """The claims of one node, the tasks that work on them, and the annotations that they write to locks.
 
@@ -84,25 +93,15 @@ class DeviceTasks:
         claim = self.book.get(key.id)
         context = remote_parent(claim.traceparent if claim is not None else None)
         with span(self._tracer, "pod", device_attributes(key) | pod_attributes(pod), context=context) as noted:
-            error = await self._annotate(key, pod=pod)
+            error = await failure_of(self._locks.annotate(key, pod=pod))
             if error is not None:
                 failed(noted, error)
                 extra = {"device": str(key), "pod": str(pod), "cause": str(error)}
                 log.warning("pod not recorded on the lock", extra=extra)
         if error is not None:
-            await self._try_again(error, lambda: self._annotate(key, pod=pod), has_it)
+            await self.try_again(error, lambda: failure_of(self._locks.annotate(key, pod=pod)), has_it)
 
-    async def _annotate(
-        self, key: DeviceKey, *, pod: PodRef | None = None, identity: Identity | None = None
-    ) -> LockError | KubeError | None:
-        """Writes to a lock, which must be this node's. Returns the error if that failed."""
-        try:
-            await self._locks.annotate(key, pod=pod, identity=identity)
-        except (LockError, KubeError) as error:
-            return error
-        return None
-
-    async def _try_again(
+    async def try_again(
         self,
         error: LockError | KubeError | None,
         write: Callable[[], Awaitable[LockError | KubeError | None]],
@@ -137,15 +136,17 @@ class DeviceTasks:
         self.spawn(self._keep_writing_identity(key, identity), f"note serial number of {key}")
 
     async def _keep_writing_identity(self, key: DeviceKey, identity: Identity) -> None:
-        error = await self.record_identity(key, identity)
-        await self._try_again(error, lambda: self._annotate(key, identity=identity), lambda: self.book.in_use(key.id))
+        def write() -> Coroutine[object, object, LockError | KubeError | None]:
+            return failure_of(self._locks.annotate(key, identity=identity))
+
+        await self.try_again(await self.record_identity(key, identity), write, lambda: self.book.in_use(key.id))
 
     async def record_identity(self, key: DeviceKey, identity: Identity) -> LockError | KubeError | None:
         """Writes the identity that was read from a device to its lock, which must be this node's.
 
         Returns the error if that failed, and logs it unless the lock is lost.
         """
-        error = await self._annotate(key, identity=identity)
+        error = await failure_of(self._locks.annotate(key, identity=identity))
         if error is not None and not isinstance(error, LockLost):
             log.warning("serial number not recorded on the lock", extra={"device": str(key), "cause": str(error)})
         return error

@@ -117,12 +117,12 @@ def usage_ended(claim: Claim, now: float, unlisted: Unlisted) -> bool:
     if claim.state not in IN_USE or claim.missed_polls < ABSENT_POLLS:
         return False
     pod = claim.pod
+    bound = bool(unlisted.resources) if claim.resource is None else claim.resource in unlisted.resources
     if pod is None:
-        in_use = bool(unlisted.resources) if claim.resource is None else claim.resource in unlisted.resources
-        gone = not in_use and now - claim.allocated_at > ALLOCATION_GRACE
+        gone = not bound and now - claim.allocated_at > ALLOCATION_GRACE
         certain = unlisted.certain
     else:
-        bound, completed = claim.resource in unlisted.resources, pod in unlisted.completed
+        completed = pod in unlisted.completed
         gone = now - claim.missing_since >= (BOUND_POD_S if bound else COMPLETED_POD_S if completed else 0.0)
         # the API server has not shown a pod without a uid to this node yet
         certain = unlisted.certain and pod.uid is not None

@@ -24,7 +24,7 @@ from usbip_plugin.locks.record import Lease, LeaseStore
 from usbip_plugin.locks.session import ExpiryWatch, Session
 from usbip_plugin.locks.watch import ApiReachability, ApiState, LockCache, LockChange, LockWatcher, WatchedStore
 from usbip_plugin.locks.writer import AcknowledgedWrite, WriteAttempts, Writer
-from usbip_plugin.model import DeviceKey, Endpoint, Identity, Lock, NodeIdentity, PodRef, ServerKey, UsbId
+from usbip_plugin.model import DeviceKey, Identity, Lock, NodeIdentity, PodRef, ServerKey, UsbId
 from usbip_plugin.observe.spans import device_attributes, span
 from usbip_plugin.usbip.poller import ExportState
 
@@ -274,18 +274,17 @@ class LockManager:
         finally:
             self._on_acquire(result, self._clock.monotonic() - began)
 
-    async def renew(self, key: DeviceKey, import_from: Endpoint | None = None) -> Grant:
+    async def renew(self, key: DeviceKey, meta: LockMeta | None = None) -> Grant:
         """Writes the lock again before a re-attach, which opens a new import window (R1).
 
-        import_from: from where this node is about to import; None leaves what the lock has.
+        meta: what the lock is to say; None to leave that as it is.
 
         Raises LockLost if this boot of this node does not hold the lock any more, LockUnavailable if the API server
         does not answer or refuses. Whatever the outcome, run() does not release the lock: the caller must.
         """
         async with self._device_lock(key.id):
             self._abandoned.pop(key.id, None)
-            changes = {record.IMPORT_FROM: str(import_from)} if import_from is not None else {}
-            return self._grant(await self._amend(key, changes))
+            return self._grant(await self._amend(key, {}, meta=meta))
 
     async def annotate(
         self,
@@ -342,13 +341,18 @@ class LockManager:
                 raise _held(key, outcome.lease, self._me)
 
     async def _amend(
-        self, key: DeviceKey, changes: Mapping[str, str | None], identity: Identity | None = None
+        self,
+        key: DeviceKey,
+        changes: Mapping[str, str | None],
+        identity: Identity | None = None,
+        meta: LockMeta | None = None,
     ) -> AcknowledgedWrite:
         async def decide(lease: Lease | None, write: Write) -> Decision:
             known = lease.annotations if lease is not None else {}
             device = record.usb_id_annotations(known, changes.get(record.USB_ID))
             read = record.identity_annotations(known, identity)
-            return self.rules.decide_amend(lease, write, {**changes, **device, **read})
+            more = protocol.meta_notes(lease, key, meta) if lease is not None and meta is not None else {}
+            return self.rules.decide_amend(lease, write, {**changes, **device, **read, **more})
 
         outcome = await self._writer.drive(key, decide)
         if isinstance(outcome, Denied):

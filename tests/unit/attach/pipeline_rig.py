@@ -120,7 +120,8 @@ class ScriptedLocks:
         self.metas.append(meta)
         return replace(await self._written("acquire", key, meta.import_from), former=self.former)
 
-    async def renew(self, key: DeviceKey, import_from: Endpoint | None = None) -> Grant:
+    async def renew(self, key: DeviceKey, meta: LockMeta | None = None) -> Grant:
+        import_from = meta.import_from if meta is not None else None
         before = self.locks.get(key.id)
         return await self._written("renew", key, import_from or (before.import_from if before is not None else None))
 
