@@ -1,5 +1,6 @@
 """etcd restored from a backup: every node agrees with the API server, and no device is detached for it."""
 
+import asyncio
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ from tests.simulation.cluster_rig import Cluster, agent, one_stick, pod, port_of
 from usbip_plugin.attach.events import DeviceEvent, EventKind
 from usbip_plugin.locks import record
 from usbip_plugin.model import DeviceKey
+from usbip_sim.leases import FINE, Fate, Operation
 from usbip_sim.virtual.cluster_node import ClusterNode
 from usbip_sim.virtual.steploop import stepped
 
@@ -152,6 +154,27 @@ async def test_a_lock_that_says_of_its_device_what_was_so_at_the_backup_is_corre
             lambda: all(c.note(device, n) == said.annotations[n] for n in OUTDATED), WATCH_AGAIN_S + 1
         )
         assert await c.settle(lambda: agree(c), WATCH_AGAIN_S)
+        await stays(c, node, device)
+        assert lab.table.granted == 1
+
+
+@stepped
+async def test_a_lock_that_is_deleted_while_it_is_corrected_is_taken_again() -> None:
+    slow = False
+
+    def fate(_node: str, operation: Operation) -> Fate:
+        return Fate(request=1.0) if slow and operation.verb == "update" and operation.name == device.id else FINE
+
+    async with one_stick(change=lambda made: replace(made, faults=fate)) as (c, lab, device):
+        node = await c.taken(device)
+        backup = c.backend.backup()
+        said = backup.leases[device.id]
+        before = replace(said, annotations={**said.annotations, **OUTDATED})
+        slow = True
+        c.backend.restore(replace(backup, leases={**backup.leases, device.id: before}))
+        assert await c.settle(lambda: agent(node).locks.locks[device.id].pod != pod("p"), WATCH_AGAIN_S)
+        await asyncio.sleep(0.5)
+        c.backend.delete(device.id, c.backend.leases[device.id].resource_version)
         await stays(c, node, device)
         assert lab.table.granted == 1
 

@@ -254,6 +254,7 @@ class AttachmentMonitor:
 
         async def correct() -> None:
             await self._tasks.try_again(await write(), write, attached)
+            self._regain(claim.id)  # the lock may have been lost meanwhile
 
         self._tasks.spawn(correct(), f"correct the lock of {claim.key}")
 
