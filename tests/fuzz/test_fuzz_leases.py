@@ -9,6 +9,7 @@ import json
 import logging
 import random
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -29,13 +30,23 @@ from usbip_plugin.errors import KubeConflict, KubeNotFound, KubeServerError, Loc
 from usbip_plugin.inventory.health import health
 from usbip_plugin.inventory.snapshot import OfferedDevice, Snapshot
 from usbip_plugin.kube.events import event_body
-from usbip_plugin.locks import kubernetes, record
+from usbip_plugin.locks import kubernetes, protocol, record
 from usbip_plugin.locks.kubernetes import KubernetesLeases, decode, encode
 from usbip_plugin.locks.locked_devices import known_devices
 from usbip_plugin.locks.manager import LockManager, LockSettings
-from usbip_plugin.locks.protocol import LockStatus
+from usbip_plugin.locks.protocol import Denied, LockMeta, LockStatus, Write
 from usbip_plugin.locks.record import Lease
-from usbip_plugin.model import DeviceKey, Lock, NodeIdentity, ServerKey, UsbId
+from usbip_plugin.model import (
+    DeviceKey,
+    Endpoint,
+    Identity,
+    InterfaceClass,
+    Lock,
+    NodeIdentity,
+    PodRef,
+    ServerKey,
+    UsbId,
+)
 from usbip_plugin.observe.logs import JsonFormatter, TextFormatter
 from usbip_sim.virtual.loop import SimClock, virtual
 
@@ -147,6 +158,31 @@ def test_a_decoded_lease_is_bounded_and_keeps_the_plugins_annotations() -> None:
     assert sum(len(key) + len(text) for key, text in lease.labels.items()) <= kubernetes.MAX_NOTES
     assert len(lease.holder) == kubernetes.MAX_HOLDER
     assert len(json.dumps(encode(lease, "ns"))) < 64 * 1024
+
+
+def test_the_longest_annotations_that_the_plugin_writes_are_all_kept() -> None:
+    key = DeviceKey(ServerKey(f"{'h' * 63}." * 3 + "h" * 61, 65535), "1" * 20 + "-1.1.1.1.1")
+    pods = [PodRef("n" * 63, "p" * 253, f"{number:036}") for number in range(3)]
+    everything = tuple(InterfaceClass(8, 6, 0x50) for _ in range(record.MAX_INTERFACES))
+    meta = LockMeta(
+        "0951:1666",
+        Identity(0xFFFFFFFF, "s" * 256, everything),
+        f"00-{'a' * 32}-{'b' * 16}-01",
+        in_place_of=key.id,
+        import_from=Endpoint("ffff:" * 7 + "ffff", 65535),
+        port=9999,
+    )
+    lease = None
+    for pod in pods:
+        write = Write(NodeIdentity("m" * 253, "0" * 36), datetime(2026, 1, 1, tzinfo=UTC), "f" * 32, 3600.0)
+        taken = protocol.decide_acquire(lease, key, replace(meta, pod=pod), write, None, importable=False)
+        assert not isinstance(taken, Denied)
+        notes = {**taken.lease.annotations, record.FAILED_EPOCH: str(2**31 - 1)}
+        held = replace(taken.lease, annotations=notes, resource_version="1")
+        assert decode(encode(held, "ns")).annotations == notes
+        lease = protocol.released_by_person(held, write.at).lease
+    assert lease is not None
+    assert record.lock_of(lease).released_from == tuple(pods[1:])
 
 
 def test_annotations_of_the_plugin_survive_beside_a_huge_one() -> None:

@@ -26,7 +26,7 @@ def impact(details: DeviceDetails, known: LockedDevice) -> Iterator[str]:
         yield f"The node is alive {heartbeat}: it detaches the device as soon as it sees the empty lock."
     if lock.pod is None:
         yield "The lock does not name a pod: the device is being allocated, or its pod is not known yet."
-        yield "A pod that it does not name takes the device again once another has had it; wait a few seconds."
+        yield "A pod that the lock does not name takes the device again after the next one; better wait a few seconds."
     elif details.pod in (PodStatus.GONE, PodStatus.ENDED):
         yield f"Its pod {lock.pod} {details.pod.value}."
     else:

@@ -21,7 +21,7 @@ _NAME = re.compile("[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
 MAX_NAME = 253  # name and uid, as in Kubernetes
 MAX_VERSION = 64  # resourceVersion
 MAX_HOLDER = 512  # a longer holder is cut; longer than any node's name, so that a cut holder is never a node's name
-MAX_NOTES = 2 * 1024  # keys and values of all annotations together, and of all labels together; our own have 1.7 KiB
+MAX_NOTES = 5 * 512  # keys and values of all annotations together, and of all labels together; our own have 2.4 KiB
 MAX_MORE_SPEC = 1024  # fields of spec that this version does not know, as JSON; longer ones are dropped by a write
 _SPEC = frozenset({"holderIdentity", "leaseDurationSeconds", "acquireTime", "renewTime", "leaseTransitions"})
 # This project's keys, as the one copy that all decoded Leases share. Separate copies take 1 KiB for each lock.

@@ -150,7 +150,9 @@ RELEASED_FROM = DOMAIN + "released-from"
 Only a person's release writes it; nodes keep it. They do not take the lock again for these pods (R6).
 """
 MAX_RELEASED_FROM = 8
-"""Number of pods that RELEASED_FROM keeps, the latest ones; fewer if they do not fit in MAX_NOTE characters."""
+"""Number of pods that RELEASED_FROM keeps, the latest ones; fewer if they are longer than MAX_RELEASED_FROM_TEXT."""
+MAX_RELEASED_FROM_TEXT = 720
+"""Longest value of RELEASED_FROM (characters): two pods with the longest names."""
 MAX_NOTE = 1024
 """Longest value of an annotation of this project (characters), as the admission policy has it."""
 OWN = frozenset(
@@ -284,7 +286,7 @@ def pod_text(pod: PodRef) -> str:
 
 def released_from_of(text: str | None) -> tuple[PodRef, ...]:
     """Returns the pods of RELEASED_FROM, without those that are not valid."""
-    if not text or len(text) > MAX_NOTE:
+    if not text or len(text) > MAX_RELEASED_FROM_TEXT:
         return ()
     pods = map(pod_of, text.split(",")[-MAX_RELEASED_FROM:])
     return tuple(pod for pod in pods if pod is not None)
@@ -293,7 +295,7 @@ def released_from_of(text: str | None) -> tuple[PodRef, ...]:
 def released_from_text(pods: Sequence[PodRef]) -> str | None:
     """Returns RELEASED_FROM for these pods, oldest first, or None for no pods. Leaves out the oldest if need be."""
     texts = list(dict.fromkeys(map(pod_text, pods)))[-MAX_RELEASED_FROM:]
-    while len(text := ",".join(texts)) > MAX_NOTE:
+    while len(text := ",".join(texts)) > MAX_RELEASED_FROM_TEXT:
         del texts[0]
     return text or None
 
