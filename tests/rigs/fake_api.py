@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import re
+import socket
 import ssl
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -22,6 +23,7 @@ from typing import Any
 from aiohttp import web
 
 from tests.rigs.kubeconfig import kubeconfig
+from tests.rigs.tasks import background
 from usbip_plugin.errors import KubeConflict, KubeError, KubeGone, KubeNotFound
 from usbip_plugin.kube.client import KubeClient, connect
 from usbip_plugin.locks.record import Lease, LeaseChange
@@ -256,12 +258,36 @@ async def serving(host: str = "127.0.0.1") -> AsyncIterator[FakeApi]:
     # cancellation ends a watch with its client; the timeout ends requests without an answer, and 0 would mean none
     runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.01)
     await runner.setup()
+    assert runner.server is not None
+    with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
+        listener.setblocking(False)
+        api.port = listener.getsockname()[1]
+        async with background(_accept(listener, runner.server, tls)):
+            try:
+                yield api
+            finally:
+                await runner.cleanup()
+
+
+async def _accept(listener: socket.socket, protocol: Callable[[], asyncio.BaseProtocol], tls: ssl.SSLContext) -> None:
+    """Accepts connections. At its end none is open, whatever the client does: TLS would wait for its answer."""
+    loop = asyncio.get_running_loop()
+    made: list[asyncio.BaseTransport] = []
+
+    async def shake_hands(sock: socket.socket) -> None:
+        with contextlib.suppress(OSError):  # the client has hung up
+            made.append((await loop.connect_accepted_socket(protocol, sock, ssl=tls))[0])
+
     try:
-        await web.TCPSite(runner, host, 0, ssl_context=tls).start()
-        api.port = runner.addresses[0][1]
-        yield api
+        async with asyncio.TaskGroup() as tasks:
+            while True:
+                sock, _ = await loop.sock_accept(listener)
+                tasks.create_task(shake_hands(sock))
     finally:
-        await runner.cleanup()
+        for transport in made:
+            assert isinstance(transport, asyncio.WriteTransport)
+            transport.abort()
+        await asyncio.sleep(0)
 
 
 @contextlib.asynccontextmanager
