@@ -225,6 +225,7 @@ ATTACKS: dict[str, tuple[str, Attack]] = {
     "an annotation of another key": (TEXTS, created(lambda s: lock(s.a, annotations={"usbip.dev/note": "x"}))),
     "250 KB in annotations of other keys": (TEXTS, created(lambda s: lock(s.a, annotations=many_notes()))),
     "250 KB in an annotation of its own": (TEXTS, created(lambda s: lock(s.a, annotations={POD: "x" * 250_000}))),
+    "a person's release that was none": (TEXTS, updated_metadata(annotations={record.RELEASED_FROM: "default/p"})),
     "a long annotation for the own lock": (TEXTS, updated_metadata(annotations={POD: "x" * 1025})),
     "a long annotation in the own session": (
         TEXTS,
@@ -365,7 +366,7 @@ async def test_a_write_to_a_deleted_lock_is_not_found_or_a_conflict(scene: Scene
 
 
 async def test_what_others_put_on_a_lease_stops_no_write(scene: Scene) -> None:
-    notes = {"example.org/note": "x" * 3000, POD: "y" * 2000}
+    notes = {"example.org/note": "x" * 3000, POD: "y" * 2000, record.RELEASED_FROM: "default/p"}
     held = await create(scene.admin, lock(scene.a, annotations=notes, labels={**LABELS, "example.org/team": "lab"}))
     renewed = await update(scene.by_a, held, leaseDurationSeconds=41)
     assert renewed["metadata"]["annotations"] == notes
