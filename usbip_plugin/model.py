@@ -386,7 +386,7 @@ class Lock:
         return (self.holder, self.boot_id) == (me.node, me.boot_id)
 
     def stays_released(self, pod: PodRef | None) -> bool:
-        """Returns whether a person's release forbids to take the lock again for this pod, which had the device (R6).
+        """Returns whether a person's release forbids taking the lock again for this pod, which had the device (R6).
 
         Whoever takes and releases the lock after that does not change it. pod: None if it is not known; then only the
         last write counts.

@@ -184,7 +184,7 @@ def taken_without_its_past(
     return replace(decision, lease=replace(decision.lease, annotations=notes))
 
 
-def given_to_no_pod(lock: Lock | None, me: NodeIdentity, _pod: PodRef | None, held_for: float, window: float) -> Loss:
+def for_any_pod(lock: Lock | None, me: NodeIdentity, _pod: PodRef | None, held_for: float, window: float) -> Loss:
     """Takes a release from another pod for one from this pod."""
     pod = lock.released_from[0] if lock is not None and lock.released_from else None
     return protocol.decide_loss(lock, me, pod, held_for, window)
@@ -306,7 +306,7 @@ MUTANTS = (
         bounds=LOSSES,
     ),
     Mutant("R6", "release-forgotten", GIVEN_BACK, rules=Rules(decide_acquire=taken_without_its_past), bounds=LOSSES),
-    Mutant("R6", "another-pod's-release", TOO_SOON, rules=Rules(decide_loss=given_to_no_pod), bounds=LOSSES),
+    Mutant("R6", "another-pod's-release", TOO_SOON, rules=Rules(decide_loss=for_any_pod), bounds=LOSSES),
     Mutant("R7", "silence-taken-for-yes", habits=Habits(takes_silence_for_yes=True)),
     Mutant("fence", "endpoint-not-compared", bounds=FENCED, fence=FenceRules(decide_import=whoever_asks)),
     Mutant("fence", "never-cut", bounds=FENCED, fence=FenceRules(may_keep=never_cut)),

@@ -25,10 +25,9 @@ from usbip_plugin.kube.node_status import NodeStatusPublisher
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer
 from usbip_plugin.kubelet.pod_resources import PodResourcesWatcher
 from usbip_plugin.kubelet.publish import KubeletPublisher
-from usbip_plugin.locks import manager, protocol, record
+from usbip_plugin.locks import manager, protocol
 from usbip_plugin.locks.manager import Grant, LockManager
-from usbip_plugin.locks.protocol import LockStatus
-from usbip_plugin.locks.record import IMPORT_FROM
+from usbip_plugin.locks.protocol import LockMeta, LockStatus
 from usbip_plugin.model import Descriptor, DeviceKey, Endpoint, Lock, NodeIdentity, PodRef
 from usbip_plugin.usbip import client
 from usbip_plugin.usbip.poller import ExportState, ServerPoller
@@ -46,10 +45,10 @@ def all_that_name_this_node(self: LockManager) -> tuple[Lock, ...]:
     return tuple(self._view.locks[device_id] for device_id in sorted(self._mine))
 
 
-async def renew_only(self: LockManager, key: DeviceKey, import_from: Endpoint | None = None) -> Grant:
+async def renew_only(self: LockManager, key: DeviceKey, meta: LockMeta | None = None) -> Grant:
     """Renews a lock without adding it to the locks that this process has acquired."""
     async with self._device_lock(key.id):
-        return self._grant(await self._amend(key, {IMPORT_FROM: str(import_from)} if import_from is not None else {}))
+        return self._grant(await self._amend(key, meta or LockMeta()))
 
 
 async def finish_for_good(self: Releaser, device_id: str, **_options: bool) -> None:
@@ -147,9 +146,7 @@ PAST: Mapping[str, Wrong] = {
         (ClaimLocks, "check_still_ours", look_at_the_lock_only),
         (Lock, "stays_released", lambda _lock, _pod: False),
     ),
-    "a-released-lock-that-a-probe-takes": patched(
-        Lock, "stays_released", by_its_last_write, (record, "serial_annotations", lambda *_: {})
-    ),
+    "a-released-lock-that-a-probe-takes": patched(Lock, "stays_released", by_its_last_write),
     "a-pod-that-lost-its-device-is-forgotten": patched(Releaser, "detach_and_release", finish_for_good),
     "a-device-of-two-resources": patched(health, "serves", anything, (attacher, "serves", anything)),
     "an-import-of-a-stopped-process": patched(client, "_check_time", lambda *_times: None),
@@ -161,7 +158,7 @@ PAST: Mapping[str, Wrong] = {
     "a-lock-that-a-restore-brings-back": patched(protocol, "shows_twin", by_its_boot),
     "a-probe-of-what-an-earlier-boot-had": patched(probe, "needs_probe", also_of_an_earlier_boot),
     "a-released-lock-of-a-place": patched(manager, "LockReleased", as_if_unavailable),
-    "a-pod-that-a-restore-names-again": patched(AttachmentMonitor, "_say_again", lambda *_: None),
+    "a-pod-that-a-restore-names-again": patched(AttachmentMonitor, "_correct_lock", lambda *_: None),
     "a-device-that-a-dead-import-has": patched(LockManager, "release", release_for_all),
     "a-count-that-waits-for-a-change": patched(KubeletPublisher, "attach", attach_silently),
 }

@@ -141,7 +141,7 @@ OUTDATED = {
 @pytest.mark.parametrize("outdated", [*OUTDATED.items(), None], ids=str)
 @stepped
 async def test_a_lock_that_says_of_its_device_what_was_so_at_the_backup_is_corrected(
-    bump: int, outdated: tuple[str, str] | None
+    bump: int, outdated: tuple[str, str] | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     changes = OUTDATED if outdated is None else dict([outdated])
     async with one_stick() as (c, lab, device):
@@ -156,10 +156,11 @@ async def test_a_lock_that_says_of_its_device_what_was_so_at_the_backup_is_corre
         assert await c.settle(lambda: agree(c), WATCH_AGAIN_S)
         await stays(c, node, device)
         assert lab.table.granted == 1
+        assert caplog.messages.count("lock outdated, correcting it") == 1
 
 
 @stepped
-async def test_a_lock_that_is_deleted_while_it_is_corrected_is_taken_again() -> None:
+async def test_a_lock_that_is_deleted_while_it_is_corrected_is_taken_again(caplog: pytest.LogCaptureFixture) -> None:
     slow = False
 
     def fate(_node: str, operation: Operation) -> Fate:
@@ -177,15 +178,18 @@ async def test_a_lock_that_is_deleted_while_it_is_corrected_is_taken_again() -> 
         c.backend.delete(device.id, c.backend.leases[device.id].resource_version)
         await stays(c, node, device)
         assert lab.table.granted == 1
+        assert caplog.messages.count("lock not corrected") == 1
 
 
 @stepped
-async def test_a_list_that_shows_no_other_lock_costs_no_write() -> None:
+async def test_a_restored_lock_that_records_the_same_costs_no_write() -> None:
     async with one_stick() as (c, _lab, device):
         await c.taken(device)
-        version = c.backend.leases[device.id].resource_version
-        c.backend.restore(c.backend.backup())
-        assert not await c.settle(lambda: c.backend.leases[device.id].resource_version != version, 30)
+        backup = c.backend.backup()
+        lease = backup.leases[device.id]
+        earlier = replace(lease, annotations={**lease.annotations, record.WRITE_ID: "earlier"})
+        c.backend.restore(replace(backup, leases={**backup.leases, device.id: earlier}))
+        assert not await c.settle(lambda: c.note(device, record.WRITE_ID) != "earlier", 30)
 
 
 async def stays(c: Cluster, node: ClusterNode, device: DeviceKey, name: str = "p") -> None:

@@ -40,11 +40,9 @@ class ClaimLocks:
         """
         if claim.state is ClaimState.LOST:
             raise LockLost(str(claim.key), self.holder(claim.id))
-        if claim.moved_to is not None:
-            import_from = None
+        meta = _meta(claim, claim.key, import_from)
         if self.is_mine(claim.id):
-            return await self._locks.renew(claim.key, _meta(claim, import_from))
-        meta = _meta(claim, import_from)
+            return await self._locks.renew(claim.key, meta)
         try:
             return await self._locks.acquire(claim.key, meta, claimed=True, attached=attached)
         except LockHeld as held:
@@ -58,14 +56,13 @@ class ClaimLocks:
 
         attached: whether the device is attached from there. Raises LockHeld, LockReleased or LockUnavailable.
         """
-        meta = replace(_meta(claim, import_from), in_place_of=claim.id)
+        meta = _meta(claim, claim.location, import_from)
         return await self._locks.acquire(claim.location, meta, claimed=True, attached=attached)
 
-    async def say_again(self, claim: Claim) -> None:
-        """Writes to the locks of an attached device all that they say of it. Raises LockLost or LockUnavailable."""
+    async def correct(self, claim: Claim) -> None:
+        """Writes to the locks of an attached device all that they record of it. Raises LockLost or LockUnavailable."""
         for key in dict.fromkeys((claim.key, claim.location)):
-            meta = replace(_meta(claim, claim.import_from if key == claim.location else None), port=claim.port)
-            await self._locks.renew(key, replace(meta, in_place_of=claim.id) if key != claim.key else meta)
+            await self._locks.renew(key, replace(_meta(claim, key, claim.import_from), port=claim.port))
 
     async def take_back(self, claim: Claim) -> tuple[DeviceKey, ...]:
         """Takes those locks of an attached device again that no longer name this node (R6). Returns which."""
@@ -131,24 +128,28 @@ class ClaimLocks:
         return lock is not None and lock.names(self._me)
 
 
-def says_otherwise(lock: Lock, claim: Claim) -> bool:
-    """Returns whether a lock of an attached device says something of it that is not so, for example after a restore."""
-    others = (
+def is_outdated(lock: Lock, claim: Claim) -> bool:
+    """Returns whether a lock of an attached device records something else than its claim, as after a restore of etcd.
+
+    What the claim does not know counts as the same.
+    """
+    pairs = (
         (claim.port, lock.port),
         (claim.usb_id, lock.usb_id),
         (claim.pod, lock.pod),
         (claim.serial, lock.serial),
         (claim.import_from if lock.device_id == claim.location.id else None, lock.import_from),
     )
-    return any(known is not None and known != said for known, said in others)
+    return any(known is not None and known != recorded for known, recorded in pairs)
 
 
-def _meta(claim: Claim, import_from: Endpoint | None) -> LockMeta:
-    """Returns what the lock says of the claim's device and pod. Meanwhile it may have had another device's identity."""
+def _meta(claim: Claim, key: DeviceKey, import_from: Endpoint | None) -> LockMeta:
+    """Returns what the lock on key, one of the claim's, records. Only that of the location names the source port."""
     return LockMeta(
         str(claim.usb_id),
         traceparent=claim.traceparent,
-        import_from=import_from,
+        in_place_of=claim.id if key != claim.key else None,
+        import_from=import_from if key == claim.location else None,
         serial=claim.serial or "",
         pod=claim.pod,
     )

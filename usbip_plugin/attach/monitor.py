@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from usbip_plugin.attach.cdi import CdiSpecs
-from usbip_plugin.attach.claim_locks import says_otherwise
+from usbip_plugin.attach.claim_locks import is_outdated
 from usbip_plugin.attach.events import DeviceEvent, EventKind, EventSink
 from usbip_plugin.attach.pipeline import Pipeline, own_port
 from usbip_plugin.attach.reattach import REATTACH_FIRST_WAIT, Reattacher
@@ -21,7 +21,7 @@ from usbip_plugin.attach.tasks import DeviceTasks, failure_of
 from usbip_plugin.claims import Claim, ClaimEvent, ClaimState, Resources
 from usbip_plugin.config.schema import OnLoss
 from usbip_plugin.context import NodeContext
-from usbip_plugin.errors import CdiError, KubeError, LockError, VhciError
+from usbip_plugin.errors import CdiError, VhciError
 from usbip_plugin.locks.manager import LockManager
 from usbip_plugin.locks.protocol import Loss
 from usbip_plugin.locks.watch import LockChange
@@ -220,7 +220,7 @@ class AttachmentMonitor:
             return
         if self._loss(change.device_id, 0.0) is Loss.NONE:
             if change.listed:
-                self._say_again(change.device_id)
+                self._correct_lock(change.device_id)
             return
         self._location_lost(change.device_id, change.new)
         claim = self._tasks.book.get(change.device_id)
@@ -234,29 +234,31 @@ class AttachmentMonitor:
         self._reattacher.look_again(change.device_id)
         self.begin_withdrawal(change.device_id)
 
-    def _say_again(self, device_id: str) -> None:
-        """Begins to correct a lock of this node that says what was so earlier: a restore of etcd has set it back.
+    def _correct_lock(self, device_id: str) -> None:
+        """Begins to correct a lock of this node whose record a restore of etcd has set back.
 
-        The next process would take the lock's word for it, and release the device of a pod that the lock does not name.
+        The next process would believe it, and release the device of a pod that the lock does not name.
         """
         claim = self._tasks.book.get(device_id) or self._tasks.book.moved_here(device_id)
         lock = self._locks.locks.get(device_id)
-        if claim is None or lock is None or claim.state is not ClaimState.ATTACHED or not says_otherwise(lock, claim):
+        if claim is None or lock is None or claim.state is not ClaimState.ATTACHED or not is_outdated(lock, claim):
             return
+        log.warning("lock outdated, correcting it", extra={"device": str(claim.key)})
+        self._tasks.spawn(self._correct_locks(claim), f"correct the lock of {claim.key}")
 
-        def attached() -> bool:
-            now = self._tasks.book.get(claim.id)
-            return now is not None and now.state is ClaimState.ATTACHED
+    async def _correct_locks(self, claim: Claim) -> None:
+        error = await failure_of(self._correct_once(claim.id))
+        if error is not None:
+            log.warning("lock not corrected", extra={"device": str(claim.key), "cause": str(error)})
+        await self._tasks.try_again(
+            error, lambda: self._correct_once(claim.id), lambda: self._is_in(claim.id, ClaimState.ATTACHED)
+        )
+        self._regain(claim.id)  # the lock may have been lost meanwhile
 
-        async def write() -> LockError | KubeError | None:
-            async with self._tasks.mutex(claim.id):
-                return await failure_of(self._pipeline.say_again(claim.id)) if attached() else None
-
-        async def correct() -> None:
-            await self._tasks.try_again(await write(), write, attached)
-            self._regain(claim.id)  # the lock may have been lost meanwhile
-
-        self._tasks.spawn(correct(), f"correct the lock of {claim.key}")
+    async def _correct_once(self, device_id: str) -> None:
+        async with self._tasks.mutex(device_id):
+            if self._is_in(device_id, ClaimState.ATTACHED):
+                await self._pipeline.correct_locks(device_id)
 
     def begin_reattach(self, device_id: str) -> None:
         """Begins to re-attach the device of a Reattaching claim. Returns at once."""
@@ -264,20 +266,20 @@ class AttachmentMonitor:
 
     async def _reattach(self, device_id: str) -> None:
         await self._reattacher.reattach(device_id)
-        if self._is_lost(device_id):
+        if self._is_in(device_id, ClaimState.LOST):
             await self._clock.sleep(REATTACH_FIRST_WAIT)
             await self._withdraw(device_id)
 
-    def _is_lost(self, device_id: str) -> bool:
+    def _is_in(self, device_id: str, state: ClaimState) -> bool:
         claim = self._tasks.book.get(device_id)
-        return claim is not None and claim.state is ClaimState.LOST
+        return claim is not None and claim.state is state
 
     def begin_withdrawal(self, device_id: str) -> None:
         """Begins to take the lock of a Lost claim again or, if that fails, to detach the device. Returns at once."""
         self._tasks.spawn(self._withdraw(device_id), f"withdraw {self._tasks.book[device_id].key}")
 
     async def _withdraw(self, device_id: str) -> None:
-        while self._is_lost(device_id):
+        while self._is_in(device_id, ClaimState.LOST):
             now = self._clock.monotonic()
             loss = self._loss(device_id, now - self._lost_since.setdefault(device_id, now))
             if loss is Loss.WAIT and self._tasks.book[device_id].port is not None:

@@ -301,9 +301,9 @@ class Pipeline:
                 self._tasks.note_identity(key, Identity(port.devid, now.serial))
         return attachment
 
-    async def say_again(self, device_id: str) -> None:
-        """Writes to the locks of an attached device all that they say of it. Raises LockLost or LockUnavailable."""
-        await self._claim_locks.say_again(self._book[device_id])
+    async def correct_locks(self, device_id: str) -> None:
+        """Writes to the locks of an attached device all that they record of it. Raises LockLost or LockUnavailable."""
+        await self._claim_locks.correct(self._book[device_id])
 
     async def detach_from_location(self, device_id: str) -> None:
         """Detaches the device from the claim's moved_to, releases the lock of that location (R5) and unsets moved_to.

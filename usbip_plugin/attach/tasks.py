@@ -99,19 +99,22 @@ class DeviceTasks:
                 extra = {"device": str(key), "pod": str(pod), "cause": str(error)}
                 log.warning("pod not recorded on the lock", extra=extra)
         if error is not None:
-            await self.try_again(error, lambda: failure_of(self._locks.annotate(key, pod=pod)), has_it)
+            await self.try_again(error, lambda: self._locks.annotate(key, pod=pod), has_it)
 
     async def try_again(
         self,
         error: LockError | KubeError | None,
-        write: Callable[[], Awaitable[LockError | KubeError | None]],
+        write: Callable[[], Awaitable[object]],
         needed: Callable[[], bool],
     ) -> None:
-        """Repeats a write to a lock that has failed until it succeeds, the lock is lost or needed() is false."""
+        """Repeats a write to a lock that has failed until it succeeds, the lock is lost or needed() is false.
+
+        error: of the first try; None if that succeeded. Logs nothing.
+        """
         waits = backoff(self._rng, RELEASE_FIRST_WAIT, RELEASE_MAX_WAIT)
         while error is not None and not isinstance(error, LockLost) and needed():
             await self.until_api_returns(next(waits))
-            error = await write()
+            error = await failure_of(write())
 
     def note_port(self, key: DeviceKey, port: int, usb_id: UsbId, devid: int | None = None) -> None:
         """Starts writing the number of the device's vhci port, and its USB ID, to its lock.
@@ -121,9 +124,8 @@ class DeviceTasks:
         self.spawn(self._write_port(key, port, usb_id, Identity(devid)), f"note port {port}")
 
     async def _write_port(self, key: DeviceKey, port: int, usb_id: UsbId, read: Identity) -> None:
-        try:
-            await self._locks.annotate(key, port=port, usb_id=usb_id, identity=read)
-        except (LockError, KubeError) as error:
+        error = await failure_of(self._locks.annotate(key, port=port, usb_id=usb_id, identity=read))
+        if error is not None:
             # only people and adoption need it, and the port record has the same
             log.warning("port not recorded on the lock", extra={"device": str(key), "port": port, "cause": str(error)})
 
@@ -136,10 +138,10 @@ class DeviceTasks:
         self.spawn(self._keep_writing_identity(key, identity), f"note serial number of {key}")
 
     async def _keep_writing_identity(self, key: DeviceKey, identity: Identity) -> None:
-        def write() -> Coroutine[object, object, LockError | KubeError | None]:
-            return failure_of(self._locks.annotate(key, identity=identity))
-
-        await self.try_again(await self.record_identity(key, identity), write, lambda: self.book.in_use(key.id))
+        error = await self.record_identity(key, identity)
+        await self.try_again(
+            error, lambda: self._locks.annotate(key, identity=identity), lambda: self.book.in_use(key.id)
+        )
 
     async def record_identity(self, key: DeviceKey, identity: Identity) -> LockError | KubeError | None:
         """Writes the identity that was read from a device to its lock, which must be this node's.

@@ -26,11 +26,12 @@ def impact(details: DeviceDetails, known: LockedDevice) -> Iterator[str]:
         yield f"The node is alive {heartbeat}: it detaches the device as soon as it sees the empty lock."
     if lock.pod is None:
         yield "The lock does not name a pod: the device is being allocated, or its pod is not known yet."
-        yield "A pod that the lock does not name takes the device again after the next one; better wait a few seconds."
+        yield "Wait a few seconds until it does: otherwise that pod takes the device again after the next one."
     elif details.pod in (PodStatus.GONE, PodStatus.ENDED):
         yield f"Its pod {lock.pod} {details.pod.value}."
     else:
-        yield f"Its pod {lock.pod} loses the device while it is running, for good; open device files return errors."
+        yield f"Its pod {lock.pod} loses the device while it is running; open device files return errors."
+        yield "It does not get the device back."
 
 
 def refusal(details: DeviceDetails, known: LockedDevice) -> str:

@@ -22,6 +22,7 @@ MAX_NAME = 253  # name and uid, as in Kubernetes
 MAX_VERSION = 64  # resourceVersion
 MAX_HOLDER = 512  # a longer holder is cut; longer than any node's name, so that a cut holder is never a node's name
 MAX_NOTES = 5 * 512  # keys and values of all annotations together, and of all labels together; our own have 2.4 KiB
+MAX_OWN_NOTE = 1024  # longest value of this project's annotations that is kept in preference to those of others
 MAX_MORE_SPEC = 1024  # fields of spec that this version does not know, as JSON; longer ones are dropped by a write
 _SPEC = frozenset({"holderIdentity", "leaseDurationSeconds", "acquireTime", "renewTime", "leaseTransitions"})
 # This project's keys, as the one copy that all decoded Leases share. Separate copies take 1 KiB for each lock.
@@ -176,9 +177,7 @@ def _strings(value: Any) -> Mapping[str, str]:
         return texts
     kept: dict[str, str] = {}
     room = MAX_NOTES
-    for key, text in sorted(
-        texts.items(), key=lambda item: item[0] not in record.OWN or len(item[1]) > record.MAX_NOTE
-    ):
+    for key, text in sorted(texts.items(), key=lambda item: item[0] not in record.OWN or len(item[1]) > MAX_OWN_NOTE):
         if len(key) + len(text) <= room:
             kept[key] = text
             room -= len(key) + len(text)

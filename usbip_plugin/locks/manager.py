@@ -284,7 +284,7 @@ class LockManager:
         """
         async with self._device_lock(key.id):
             self._abandoned.pop(key.id, None)
-            return self._grant(await self._amend(key, {}, meta=meta))
+            return self._grant(await self._amend(key, meta or LockMeta()))
 
     async def annotate(
         self,
@@ -299,15 +299,9 @@ class LockManager:
 
         An identity, or another USB ID, replaces what was read from another device, which was attached before.
         """
-        changes: dict[str, str | None] = {}
-        if port is not None:
-            changes[record.PORT] = str(port)
-        if pod is not None:
-            changes[record.POD] = record.pod_text(pod)
-        if usb_id is not None:
-            changes[record.USB_ID] = str(usb_id)
+        meta = LockMeta(str(usb_id) if usb_id is not None else None, identity, pod=pod, port=port)
         async with self._device_lock(key.id):
-            return record.lock_of((await self._amend(key, changes, identity)).lease)
+            return record.lock_of((await self._amend(key, meta)).lease)
 
     async def release(self, key: DeviceKey, *, failed: bool | None = None, left: bool = False) -> None:
         """Clears the holder if it is this node. Does nothing if another node holds the lock.
@@ -340,19 +334,10 @@ class LockManager:
             if isinstance(outcome, Denied) and protocol.of_another_boot(outcome.lease, self._me):
                 raise _held(key, outcome.lease, self._me)
 
-    async def _amend(
-        self,
-        key: DeviceKey,
-        changes: Mapping[str, str | None],
-        identity: Identity | None = None,
-        meta: LockMeta | None = None,
-    ) -> AcknowledgedWrite:
+    async def _amend(self, key: DeviceKey, meta: LockMeta) -> AcknowledgedWrite:
         async def decide(lease: Lease | None, write: Write) -> Decision:
-            known = lease.annotations if lease is not None else {}
-            device = record.usb_id_annotations(known, changes.get(record.USB_ID))
-            read = record.identity_annotations(known, identity)
-            more = protocol.meta_notes(lease, key, meta) if lease is not None and meta is not None else {}
-            return self.rules.decide_amend(lease, write, {**changes, **device, **read, **more})
+            changes = protocol.meta_notes(lease, meta) if lease is not None else {}
+            return self.rules.decide_amend(lease, write, changes)
 
         outcome = await self._writer.drive(key, decide)
         if isinstance(outcome, Denied):
@@ -367,7 +352,7 @@ class LockManager:
         if isinstance(outcome, Denied):
             raise _held(key, outcome.lease, self._me)
         if self._clock.monotonic() - outcome.sent_at > self.settings.import_window / 2:
-            outcome = await self._amend(key, {})
+            outcome = await self._amend(key, LockMeta())
         return self._grant(outcome)
 
     def _grant(self, written: AcknowledgedWrite) -> Grant:

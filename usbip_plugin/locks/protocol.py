@@ -39,14 +39,15 @@ class LockMeta:
     """What the holder of a lock writes about the device. None leaves the annotations as they are.
 
     usb_id: "vendor:product" in hex.
+    identity: what was read from the device itself, merged into the annotations known so far.
+    traceparent: W3C trace context of the operation.
+    in_place_of: ID of the device that is to be attached from this bus ID; None clears the annotation if the lock is
+        acquired.
+    import_from: from where this node is about to import. None removes that of another epoch.
     serial: the serial number of the device that a pod has, "" if it is not known. With another one on the lock, the
         next process would give the pod another device.
-    identity: what was read from the device itself, merged into the annotations known so far.
     pod: the pod that has the device.
     port: the vhci port to which the device is attached.
-    traceparent: W3C trace context of the operation.
-    in_place_of: ID of the device that is to be attached from this bus ID; None clears the annotation.
-    import_from: from where this node is about to import. None removes that of another epoch.
     """
 
     usb_id: str | None = None
@@ -160,7 +161,7 @@ def decide_acquire(
     if lease is None:
         return Create(_taken(Lease(name=key.id, labels=record.LOCK_LABELS), key, meta, write))
     if is_mine(lease, write.me):
-        return Replace(_stamped(lease, write, meta_notes(lease, key, meta), record.epoch_of(lease)))
+        return Replace(_stamped(lease, write, _acquired_notes(lease, key, meta), record.epoch_of(lease)))
     # two machines can have one name: the one that holds the lock under another boot id may be alive
     left = is_left(lease, write.me)
     given_up = left or of_another_boot(lease, write.me) or may_take_over(lease, observation)
@@ -383,7 +384,7 @@ def lock_status(lease: Lease | None, me: NodeIdentity, observation: Observation 
 
 def _taken(lease: Lease, key: DeviceKey, meta: LockMeta, write: Write) -> Lease:
     """Returns the record with this node as holder, a new epoch, and without the last holder's pod, port and boot."""
-    notes = {record.PORT: None, record.POD: None, **meta_notes(lease, key, meta)}
+    notes = {record.PORT: None, record.POD: None, **_acquired_notes(lease, key, meta)}
     epoch = record.epoch_of(lease) + 1
     taken = _stamped(lease, write, notes, epoch)
     return replace(taken, holder=write.me.node, acquire_time=write.at, transitions=epoch)
@@ -405,12 +406,17 @@ def _stamped(lease: Lease, write: Write, changes: Mapping[str, str | None], epoc
     )
 
 
-def meta_notes(lease: Lease, key: DeviceKey, meta: LockMeta) -> dict[str, str | None]:
-    """Returns the annotation changes by which a lock says what its holder's meta says."""
-    notes: dict[str, str | None] = {**record.device_annotations(key), record.IN_PLACE_OF: meta.in_place_of}
-    notes.update(record.usb_id_annotations(lease.annotations, meta.usb_id))
+def _acquired_notes(lease: Lease, key: DeviceKey, meta: LockMeta) -> dict[str, str | None]:
+    return {**record.device_annotations(key), record.IN_PLACE_OF: None, **meta_notes(lease, meta)}
+
+
+def meta_notes(lease: Lease, meta: LockMeta) -> dict[str, str | None]:
+    """Returns the annotation changes that record on a lock what its holder writes about the device."""
+    notes = record.usb_id_annotations(lease.annotations, meta.usb_id)
     notes.update(record.serial_annotations(record.merged_annotations(lease.annotations, notes), meta.serial))
     notes.update(record.identity_annotations(record.merged_annotations(lease.annotations, notes), meta.identity))
+    if meta.in_place_of is not None:
+        notes[record.IN_PLACE_OF] = meta.in_place_of
     if meta.traceparent is not None:
         notes[record.TRACEPARENT] = meta.traceparent
     if meta.pod is not None:

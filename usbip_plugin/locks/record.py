@@ -153,8 +153,6 @@ MAX_RELEASED_FROM = 8
 """Number of pods that RELEASED_FROM keeps, the latest ones; fewer if they are longer than MAX_RELEASED_FROM_TEXT."""
 MAX_RELEASED_FROM_TEXT = 720
 """Longest value of RELEASED_FROM (characters): two pods with the longest names."""
-MAX_NOTE = 1024
-"""Longest value of an annotation of this project (characters), as the admission policy has it."""
 OWN = frozenset(
     {
         *(LABEL, SERVER, BUSID, USB_ID, SERIAL, INTERFACES, READ_FROM),
