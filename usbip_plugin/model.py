@@ -45,6 +45,7 @@ class ServerKey:
 
 _MAX_TCP_PORT = 65535
 _MAX_ENDPOINT = 64  # characters of an endpoint; an IPv6 address has 45 at most
+_USB_ID = re.compile("([0-9a-fA-F]{4}):([0-9a-fA-F]{4})")
 _ENDPOINT = re.compile(r"(?:\[([0-9a-f.]*:[0-9a-f:.]*)\]|([0-9.]+)):([0-9]{1,5})", re.ASCII | re.IGNORECASE)
 
 
@@ -119,6 +120,12 @@ class UsbId:
 
     def __str__(self) -> str:
         return f"{self.vendor:04x}:{self.product:04x}"
+
+    @classmethod
+    def parse(cls, text: str) -> UsbId | None:
+        """Returns the USB ID for "vendor:product", each with four hexadecimal digits; None for anything else."""
+        found = _USB_ID.fullmatch(text)
+        return cls(int(found[1], 16), int(found[2], 16)) if found is not None else None
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -334,6 +341,22 @@ class NodeIdentity:
 
     node: str
     boot_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tenure:
+    """A hold of a lock by this boot: the uid of the Lease, and the epoch."""
+
+    uid: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """A lock under which a device was attached, for the next process."""
+
+    key: DeviceKey
+    tenure: Tenure
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,7 +87,8 @@ class TestAttachWrite:
         rig.sysfs.before_attach = lambda _port: seen.append(records(rig))
         port = await attach(rig, rig.plugin())
         mark = f"{TWINS[0].devid} {rig.sysfs.rows[port].sockfd}"
-        assert [found[f"port{port}"] for found in seen] == [f"192.0.2.1 3240 {TWINS[0].busid}\n{mark}\nversion=2\n"]
+        text = f"192.0.2.1 3240 {TWINS[0].busid}\n{mark}\nversion=2 usb-id={TWINS[0].usb_id}\n"
+        assert [found[f"port{port}"] for found in seen] == [text]
 
     async def test_a_port_taken_in_between_is_replaced_by_another(self, rig: FakeSysfsRig) -> None:
         rig.sysfs.before_attach = taken_by_another(rig, 0)

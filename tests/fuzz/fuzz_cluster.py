@@ -12,7 +12,6 @@ from typing import Any
 from google.protobuf.message import DecodeError
 
 from tests.fuzz.fuzz_target import Target, attempt, drive, fit_to_raise, fit_to_show
-from usbip_plugin.attach.adopt import decide_adoption
 from usbip_plugin.cli import devices, survey, tables
 from usbip_plugin.clock import SystemClock
 from usbip_plugin.errors import KubeError, KubeThrottled, LockError, PluginError, UnknownDevice
@@ -71,7 +70,6 @@ def apply_rules(lease: Lease) -> None:
     key = lock.key
     assert key is None or (key.id == lock.device_id and 0 < key.server.port < 1 << 16)
     remote_parent(lock.traceparent)
-    decide_adoption(lock, ME, attached=True, used=None)
     assert len(record.session_name(lease.holder)) <= 253
     held = _held(KEY, lease, ME)
     assert isinstance(held, LockError)

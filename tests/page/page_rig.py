@@ -19,7 +19,7 @@ from usbip_plugin.clock import Clock, SystemClock
 from usbip_plugin.config.schema import Config, DeviceSelector, ResourceConfig, Selector
 from usbip_plugin.errors import ConfigError, ServerUnreachable
 from usbip_plugin.kube.events import EventRecorder
-from usbip_plugin.model import Descriptor, DeviceKey, Endpoint, NodeIdentity, PodRef, Reason, ServerKey, UsbId
+from usbip_plugin.model import Descriptor, DeviceKey, Endpoint, Hold, NodeIdentity, PodRef, Reason, ServerKey, UsbId
 from usbip_plugin.node.agent import Agent, MetricHooks
 from usbip_plugin.node.cluster import cluster_of
 from usbip_plugin.node.products import Products
@@ -183,8 +183,8 @@ DEVICES = {
 class IdentifyingVhci(SimulatedVhci):
     """A driver that knows the strings of the devices."""
 
-    async def attach(self, key: DeviceKey, descriptor: Descriptor, fd: int) -> int:
-        port = await super().attach(key, descriptor, fd)
+    async def attach(self, key: DeviceKey, descriptor: Descriptor, fd: int, holds: tuple[Hold, ...] = ()) -> int:
+        port = await super().attach(key, descriptor, fd, holds)
         occupant, device = self._kernel.occupant(port), DEVICES[key]
         assert occupant is not None
         occupant.manufacturer, occupant.model, occupant.serial = device.manufacturer, device.product, device.serial

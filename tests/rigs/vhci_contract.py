@@ -9,7 +9,17 @@ from typing import Protocol
 import pytest
 
 from usbip_plugin.errors import AttachStuck, InterfacesRefused, PortsExhausted, WrongDevice
-from usbip_plugin.model import HID_CLASS, Attachment, Descriptor, DeviceKey, InterfaceClass, InterfaceRules, UsbId
+from usbip_plugin.model import (
+    HID_CLASS,
+    Attachment,
+    Descriptor,
+    DeviceKey,
+    Hold,
+    InterfaceClass,
+    InterfaceRules,
+    Tenure,
+    UsbId,
+)
 from usbip_plugin.vhci.driver import PortState, VhciDriver
 from usbip_plugin.vhci.sysfs import PortStatus
 
@@ -56,15 +66,15 @@ class Rig(Protocol):
         ...
 
 
-async def begin_attach(driver: VhciDriver, imported: Imported) -> int:
+async def begin_attach(driver: VhciDriver, imported: Imported, holds: tuple[Hold, ...] = ()) -> int:
     """Passes the connection to the kernel, and returns the port."""
-    port = await driver.attach(imported.key, imported.descriptor, imported.fileno())
+    port = await driver.attach(imported.key, imported.descriptor, imported.fileno(), holds)
     imported.close()
     return port
 
 
-async def attached(driver: VhciDriver, imported: Imported) -> Attachment:
-    port = await begin_attach(driver, imported)
+async def attached(driver: VhciDriver, imported: Imported, holds: tuple[Hold, ...] = ()) -> Attachment:
+    port = await begin_attach(driver, imported, holds)
     return await driver.enumerate(imported.key, imported.descriptor, port, children=(), timeout=LIMIT_S)
 
 
@@ -144,10 +154,13 @@ class VhciContract:
     @pytest.mark.short
     async def test_a_restarted_plugin_finds_the_devices_of_its_predecessor(self, rig: Rig) -> None:
         imported = await rig.import_twin(1)
-        attachment = await attached(rig.plugin(), imported)
+        former = Hold(dataclasses.replace(imported.key, busid="1-9"), Tenure("2d1f5f0a-4c3e", 12))
+        holds = (former, Hold(imported.key, Tenure("7f0f6c1c", 0)))
+        attachment = await attached(rig.plugin(), imported, holds)
         successor = rig.plugin()
         found = await state(successor, attachment.port)
-        assert (found.record, found.by_plugin) == (imported.key, True)
+        assert (found.record, found.by_plugin, found.allocated_as) == (imported.key, True, former.key)
+        assert (found.usb_id, found.holds) == (imported.descriptor.usb_id, holds)
         assert await successor.inspect(imported.key, attachment.port) == attachment
         await successor.detach(attachment.port, timeout=LIMIT_S)
         assert await rig.is_free_on_server(imported.key)

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from tests.simulation.play import Wrong, patched
-from usbip_plugin.attach import attacher
+from usbip_plugin.attach import adopt, attacher
 from usbip_plugin.attach.claim_locks import ClaimLocks
 from usbip_plugin.attach.monitor import AttachmentMonitor
 from usbip_plugin.attach.release import Releaser
@@ -158,7 +158,9 @@ PAST: Mapping[str, Wrong] = {
     "a-lock-that-a-restore-brings-back": patched(protocol, "shows_twin", by_its_boot),
     "a-probe-of-what-an-earlier-boot-had": patched(probe, "needs_probe", also_of_an_earlier_boot),
     "a-released-lock-of-a-place": patched(manager, "LockReleased", as_if_unavailable),
-    "a-pod-that-a-restore-names-again": patched(AttachmentMonitor, "_correct_lock", lambda *_: None),
+    "a-pod-that-a-restore-names-again": patched(
+        AttachmentMonitor, "_correct_lock", lambda *_: None, (adopt, "records_import", anything)
+    ),
     "a-device-that-a-dead-import-has": patched(LockManager, "release", release_for_all),
     "a-count-that-waits-for-a-change": patched(KubeletPublisher, "attach", attach_silently),
 }

@@ -350,7 +350,7 @@ async def test_a_place_whose_claim_was_lost_while_the_plugin_was_down_is_release
         await node.stop()
         c.steal(HOME)
         node.start()
-        assert await c.settle(lambda: c.holder(HERE) == "" and not node.attached(), 10)
+        assert await c.settle(lambda: c.holder(HERE) == "" and not node.attached(), 15)
         assert lab.importers("1-2") == 0
         assert c.holder(HOME) == "node-z"
 

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 
 from tests.simulation.chaos import BUMP
-from tests.simulation.cluster_rig import Cluster, agent, one_stick, pod, port_of
+from tests.simulation.cluster_rig import Cluster, agent, carry, one_stick, pod, port_of
+from tests.simulation.following_rig import HERE, HOME, LAB, THERE, found_again, red
 from usbip_plugin.attach.events import DeviceEvent, EventKind
 from usbip_plugin.locks import record
 from usbip_plugin.model import DeviceKey
@@ -89,10 +90,11 @@ async def test_a_lock_that_is_an_earlier_boots_again_is_taken_again_and_the_devi
 
 
 @bumps
+@pytest.mark.parametrize("restarted", [False, True])
 @pytest.mark.parametrize("gone", [False, True])
 @stepped
 async def test_a_lock_of_a_former_holder_that_cannot_release_it_is_taken_again_and_the_device_stays_attached(
-    bump: int, gone: bool
+    bump: int, gone: bool, restarted: bool
 ) -> None:
     """The former holder has been rebooted since the backup, or is gone: no list shows the device as free (R3)."""
     notices: list[DeviceEvent] = []
@@ -107,7 +109,11 @@ async def test_a_lock_of_a_former_holder_that_cannot_release_it_is_taken_again_a
             a.start()
         assert await b.admit(pod("q"), "stick") is None
         await c.noted(device, "q")
+        if restarted:
+            b.kill()
         c.backend.restore(backup, bump)
+        if restarted:
+            b.start()
         await stays(c, b, device, "q")
         assert lab.table.granted == 2, "two imports, one by each node"
         assert EventKind.LOCK_LOST not in [notice.what for notice in notices]
@@ -138,10 +144,11 @@ OUTDATED = {
 
 
 @bumps
+@pytest.mark.parametrize("down", [False, True])
 @pytest.mark.parametrize("outdated", [*OUTDATED.items(), None], ids=str)
 @stepped
 async def test_a_lock_that_says_of_its_device_what_was_so_at_the_backup_is_corrected(
-    bump: int, outdated: tuple[str, str] | None, caplog: pytest.LogCaptureFixture
+    bump: int, outdated: tuple[str, str] | None, down: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     changes = OUTDATED if outdated is None else dict([outdated])
     async with one_stick() as (c, lab, device):
@@ -149,14 +156,92 @@ async def test_a_lock_that_says_of_its_device_what_was_so_at_the_backup_is_corre
         backup = c.backend.backup()
         said = backup.leases[device.id]
         before = replace(said, annotations={**said.annotations, **changes})
+        if down:
+            node.kill()
         c.backend.restore(replace(backup, leases={**backup.leases, device.id: before}), bump)
+        if down:
+            node.start()
         assert await c.settle(
-            lambda: all(c.note(device, n) == said.annotations[n] for n in OUTDATED), WATCH_AGAIN_S + 1
+            lambda: all(c.note(device, n) == said.annotations[n] for n in OUTDATED), WATCH_AGAIN_S + 1 + 5 * down
         )
         assert await c.settle(lambda: agree(c), WATCH_AGAIN_S)
         await stays(c, node, device)
         assert lab.table.granted == 1
-        assert caplog.messages.count("lock outdated, correcting it") == 1
+        known_from_kubelet = down and changes.keys() == {record.POD}
+        assert caplog.messages.count("lock outdated, correcting it") == (0 if known_from_kubelet else 1)
+
+
+@bumps
+@stepped
+async def test_a_lock_that_is_an_earlier_boots_again_is_taken_again_by_the_next_process(bump: int) -> None:
+    async with one_stick(keepalive=True) as (c, lab, device):
+        node = await c.taken(device)
+        backup = c.backend.backup()
+        node.reboot()
+        node.start()
+        assert await c.settle(lambda: node.attached() == {device} and c.pod_of(device) == pod("p"), 30)
+        await c.becomes(node, device, healthy=True)
+        node.kill()
+        c.backend.restore(backup, bump)
+        node.start()
+        await c.becomes(node, device, healthy=True, within=30)
+        await stays(c, node, device)
+        assert lab.table.granted == 2, "one import before the reboot, and one after it"
+
+
+@bumps
+@pytest.mark.parametrize("holder", ["", "node-b"])
+@pytest.mark.parametrize("outdated", [*OUTDATED.items(), None], ids=str)
+@stepped
+async def test_a_lock_of_others_that_says_of_its_device_what_was_so_at_the_backup_is_taken_again_after_a_restart(
+    bump: int, holder: str, outdated: tuple[str, str] | None
+) -> None:
+    changes = OUTDATED if outdated is None else dict([outdated])
+    async with one_stick() as (c, lab, device):
+        node = await c.taken(device)
+        backup = c.backend.backup()
+        said = backup.leases[device.id]
+        before = replace(said, holder=holder, annotations={**said.annotations, **changes})
+        node.kill()
+        c.backend.restore(replace(backup, leases={**backup.leases, device.id: before}), bump)
+        node.start()
+        assert await c.settle(lambda: c.holder(device) == "node-a", WATCH_AGAIN_S + 10)
+        await stays(c, node, device)
+        assert lab.table.granted == 1
+        assert all(c.note(device, n) == said.annotations[n] for n in OUTDATED)
+
+
+@bumps
+@pytest.mark.parametrize("restarted", [False, True])
+@pytest.mark.parametrize("taken", [False, True], ids=["before the Allocate", "before the move"])
+@pytest.mark.parametrize("place", [HERE, THERE], ids=["own server", "other server"])
+@stepped
+async def test_a_device_that_has_moved_stays_attached_and_both_its_locks_are_written_again(
+    bump: int, place: DeviceKey, taken: bool, restarted: bool
+) -> None:
+    async with red() as c:
+        await c.all_healthy(HOME)
+        backup = c.backend.backup()
+        node = await c.taken(HOME)
+        if taken:
+            backup = c.backend.backup()
+        to = c.servers[place.server]
+        carry(c.servers[LAB], HOME.busid, to, place.busid)
+        await found_again(c, node)
+        imports = to.table.granted
+        if restarted:
+            node.kill()
+        c.backend.restore(backup, bump)
+        if restarted:
+            node.start()
+        assert await c.settle(lambda: c.holder(HOME) == c.holder(place) == "node-a", WATCH_AGAIN_S + 5)
+        assert not await c.settle(
+            lambda: node.attached() != {place} or not c.holder(HOME) == c.holder(place) == "node-a", 60
+        )
+        assert to.table.granted == imports
+        await c.becomes(node, HOME, healthy=True)
+        node.end(pod("p"))
+        await c.freed(HOME, place)
 
 
 @stepped

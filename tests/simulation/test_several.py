@@ -16,6 +16,7 @@ from tests.simulation.cluster_rig import (
     dongle,
     key,
     offered,
+    one_stick,
     pod,
     resource,
     server,
@@ -26,8 +27,10 @@ from tests.simulation.cluster_rig import (
 from usbip_plugin.attach.usage import ALLOCATION_GRACE
 from usbip_plugin.claims import ClaimState
 from usbip_plugin.config.schema import DeviceSelector, Extra, ResourceConfig, Selector
+from usbip_plugin.errors import KubeForbidden
 from usbip_plugin.model import DeviceKey
 from usbip_sim.kubelet.device_manager import ContainerSpec
+from usbip_sim.leases import FINE, Fate, Operation
 from usbip_sim.server.server import VirtualServer
 from usbip_sim.virtual.cluster_node import ClusterNode
 from usbip_sim.virtual.steploop import stepped
@@ -153,6 +156,49 @@ async def test_a_device_of_an_init_container_only_stays_while_that_runs_and_the_
         assert node.attached() == {one, two}
         node.end(pod("p"))
         await c.freed(one, two)
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+@stepped
+async def test_an_init_container_keeps_a_device_that_the_node_had_for_an_earlier_pod(*, restarted: bool) -> None:
+    """pod-resources lists the pod only with the app's device, so the lock must no longer name the earlier pod."""
+    async with stick_and_dongle() as (c, lab, one, two):
+        node = await c.taken(one)
+        node.end(pod("p"))
+        assert await node.admit_containers(pod("q"), init(stick=1), app(dongle=1)) is None
+        assert await c.settle(lambda: c.holder(one) == "node-a" and c.pod_of(one) is None, 2)
+        if restarted:
+            node.kill()
+            node.start()
+        await asyncio.sleep(LONG)
+        assert node.attached() == {one, two}
+        assert lab.table.granted == 2
+        node.end(pod("q"))
+        await c.freed(one, two)
+
+
+@stepped
+async def test_a_late_write_does_not_replace_the_pod_that_has_got_the_device() -> None:
+    failing = True
+
+    def fate(_node: str, operation: Operation) -> Fate:
+        return (
+            Fate(refused=KubeForbidden("update", "leases", "injected"))
+            if failing and operation.verb == "update"
+            else FINE
+        )
+
+    async with one_stick(change=lambda made: replace(made, faults=fate)) as (c, _lab, device):
+        failing = False
+        node = await c.taken(device)
+        node.end(pod("p"))
+        failing = True
+        await c.allocate(node, device)
+        await asyncio.sleep(5)  # the node tries less and less often to write that the pod is unknown
+        failing = False
+        assert await node.admit(pod("q"), "stick") is None
+        await c.noted(device, "q")
+        assert not await c.settle(lambda: c.pod_of(device) != pod("q"), 60)
 
 
 @stepped

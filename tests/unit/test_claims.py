@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from tests.rigs.vocabulary import KEY, ME, OTHER_KEY, POD, STICK, USB_NODE, attachment, tty
-from usbip_plugin.attach.adopt import Adoption, decide_adoption
+from tests.rigs.vocabulary import KEY, OTHER_KEY, POD, STICK, USB_NODE, attachment, tty
+from usbip_plugin.attach.adopt import Adoption, decide_adoption, recorded_port, records_import
 from usbip_plugin.attach.pipeline import own_port
 from usbip_plugin.attach.reattach import AfterReattach, after_reattach
 from usbip_plugin.attach.usage import (
@@ -31,7 +31,7 @@ from usbip_plugin.claims import (
     step,
 )
 from usbip_plugin.config.schema import OnLoss
-from usbip_plugin.model import Attachment, DeviceKey, DeviceNode, Lock, PodRef, UsbId
+from usbip_plugin.model import Attachment, DeviceKey, DeviceNode, Endpoint, Hold, Lock, PodRef, Tenure, UsbId
 from usbip_plugin.vhci.driver import PortState
 from usbip_plugin.vhci.sysfs import PortStatus
 
@@ -261,32 +261,63 @@ def test_the_own_port_has_a_record_of_the_device_and_the_known_number(
     assert (own.number if own is not None else None) == found
 
 
-def lock(boot: str) -> Lock:
-    return Lock(KEY.id, "node-a", 1, 40.0, "7", boot_id=boot)
+def recorded(number: int, *, by_plugin: bool = True, moved_from: DeviceKey | None = None) -> PortState:
+    """Returns a port that has KEY or, by its record, a device that has moved to KEY."""
+    holds = tuple(Hold(key, Tenure("u", 1)) for key in (moved_from, KEY)) if moved_from is not None else ()
+    return PortState(number, "hs", PortStatus.USED, record=KEY, by_plugin=by_plugin, holds=holds)
 
 
 @pytest.mark.parametrize(
-    ("boot", "attached", "used", "what"),
+    ("ports", "key", "moved_to", "noted", "found"),
     [
-        ("boot-1", True, True, Adoption.ADOPT),
-        ("boot-1", True, False, Adoption.ADOPT),
-        ("boot-1", True, None, Adoption.ADOPT),
-        ("boot-1", False, True, Adoption.REATTACH),
-        ("boot-1", False, None, Adoption.REATTACH),
-        ("boot-1", False, False, Adoption.RELEASE),
-        ("boot-0", True, True, Adoption.REATTACH),
-        ("boot-0", True, False, Adoption.RELEASE),
+        ([recorded(3)], KEY, None, 3, 3),
+        ([recorded(3)], KEY, None, 7, 3),  # the lock was set back
+        ([recorded(3), recorded(7)], KEY, None, 7, 7),
+        ([recorded(3, by_plugin=False)], KEY, None, 3, None),
+        ([recorded(3)], OTHER_KEY, None, 3, None),
+        ([recorded(3)], OTHER_KEY, KEY, 3, 3),  # an earlier plugin has attached it
+        ([recorded(3, moved_from=OTHER_KEY)], OTHER_KEY, None, 3, 3),
+        ([recorded(3, moved_from=OTHER_KEY)], KEY, None, 3, None),
     ],
 )
-def test_adoption_depends_on_boot_attachment_and_use(
-    boot: str, attached: bool, used: bool | None, what: Adoption
+def test_the_port_of_a_device_is_the_one_whose_record_says_so(
+    ports: list[PortState], key: DeviceKey, moved_to: DeviceKey | None, noted: int, found: int | None
 ) -> None:
-    assert decide_adoption(lock(boot), ME, attached=attached, used=used) is what
+    port = recorded_port(key, moved_to, noted, ports)
+    assert (port.number if port is not None else None) == found
+
+
+HERE, ELSEWHERE = Endpoint("10.20.30.7", 40123), Endpoint("10.20.30.7", 40124)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "locked", "same"),
+    [(HERE, HERE, True), (HERE, ELSEWHERE, False), (None, HERE, True), (HERE, None, True)],
+)
+def test_a_lock_that_names_another_import_than_the_port_record_was_set_back(
+    recorded: Endpoint | None, locked: Endpoint | None, same: bool
+) -> None:
+    assert records_import(Lock(KEY.id, "node-a", 1, 40.0, "7", import_from=locked), recorded) is same
+
+
+@pytest.mark.parametrize(
+    ("attached", "used", "what"),
+    [
+        (True, True, Adoption.ADOPT),
+        (True, False, Adoption.ADOPT),
+        (True, None, Adoption.ADOPT),
+        (False, True, Adoption.REATTACH),
+        (False, None, Adoption.REATTACH),
+        (False, False, Adoption.RELEASE),
+    ],
+)
+def test_adoption_depends_on_attachment_and_use(attached: bool, used: bool | None, what: Adoption) -> None:
+    assert decide_adoption(attached=attached, used=used) is what
 
 
 def test_a_lock_in_place_of_a_device_of_another_node_is_released() -> None:
     for used in (True, False, None):
-        assert decide_adoption(lock("boot-1"), ME, attached=True, used=used, orphan=True) is Adoption.RELEASE
+        assert decide_adoption(attached=True, used=used, orphan=True) is Adoption.RELEASE
 
 
 def test_a_book_finds_the_claim_that_is_attached_from_another_bus_id() -> None:

@@ -17,7 +17,7 @@ from usbip_plugin.claims import Claim, ClaimEvent, ClaimState, DeviceUser
 from usbip_plugin.context import NodeContext
 from usbip_plugin.errors import CdiError, KubeError, LockError, VhciError
 from usbip_plugin.locks.manager import LockManager
-from usbip_plugin.model import DeviceKey, Lock, NodeIdentity, UsbId
+from usbip_plugin.model import DeviceKey, Endpoint, Lock, UsbId
 from usbip_plugin.observe.spans import device_attributes, pod_attributes, span
 from usbip_plugin.observe.tracing import remote_parent
 from usbip_plugin.vhci.driver import PortState, VhciDriver
@@ -36,23 +36,42 @@ class Adoption(enum.Enum):
     """The device is not attached, and no pod has it: its lock is released."""
 
 
-def decide_adoption(
-    lock: Lock, me: NodeIdentity, *, attached: bool, used: bool | None, orphan: bool = False
-) -> Adoption:
+def decide_adoption(*, attached: bool, used: bool | None, orphan: bool = False) -> Adoption:
     """Decides what to do at start with a lock whose holder is this node.
 
-    An attachment made under another boot id is gone with the old kernel, whatever the port records contain.
-
-    attached: whether a vhci port has the device.
+    attached: whether a vhci port has the device. Then the lock is of this boot.
     used: whether a pod has the device; None if that is not known because pod-resources could not be read. The lock of a
         device that may be used is not released.
     orphan: whether the lock is of a device's new bus ID and must be released, see Adopter._is_orphan().
     """
     if orphan:
         return Adoption.RELEASE
-    if attached and lock.boot_id == me.boot_id:
+    if attached:
         return Adoption.ADOPT
     return Adoption.RELEASE if used is False else Adoption.REATTACH
+
+
+def recorded_port(
+    key: DeviceKey, moved_to: DeviceKey | None, number: int | None, ports: Sequence[PortState]
+) -> PortState | None:
+    """Returns the port to which a plugin has attached the device that was allocated as key, in use or stuck, or None.
+
+    The port records count, not the locks: a record is of this attachment, and a restore of etcd may have set the locks
+    back. A port that a person has attached with the `usbip` tool is not the plugin's.
+
+    moved_to: where the device is by the locks. The record of an earlier plugin does not say what was allocated.
+    number: the port that the lock names, which comes first if several records name the device.
+    """
+    found = [port for port in ports if port.allocated_as is not None and port.allocated_as in (key, moved_to)]
+    return min(found, key=lambda port: port.number != number, default=None)
+
+
+def records_import(lock: Lock, import_from: Endpoint | None) -> bool:
+    """Returns whether a lock of this node is about the attachment that this import made. If not, it was set back.
+
+    import_from: this node's end of the connection, by the port record. What is not known counts as the same.
+    """
+    return None in (import_from, lock.import_from) or lock.import_from == import_from
 
 
 def _without_lease(key: DeviceKey) -> Lock:
@@ -101,6 +120,8 @@ class Adopter:
         except VhciError as error:
             self._monitor.report_unreadable(error)
             ports = ()
+        for hold in (hold for port in ports for hold in port.holds):
+            self._locks.remember(hold.key.id, hold.tenure)
         found = list(self._locks.mine())
         if also_lost:
             self._recorded.update((p.record, None) for p in ports if p.record is not None and p.by_plugin)
@@ -111,13 +132,15 @@ class Adopter:
                     for device_id in sorted(used.keys() - locks.keys()):
                         await self._locks.look_up(device_id)
             # a device that a person has attached with the usbip tool is left alone
-            left = {port.record.id: port.record for port in ports if port.record is not None and port.by_plugin}
+            left = {port.allocated_as.id: port.allocated_as for port in ports if port.allocated_as is not None}
             found += [locks[i] for i in sorted(used.keys() | left) if i in locks and locks[i].holder != self._me.node]
             if self._locks.ready.is_set():
                 found += [_without_lease(key) for i, key in left.items() if i not in locks]
+        # the lock of the place to which a device has moved is adopted with the device
+        places = {port.record for port in ports if port.allocated_as not in (None, port.record)}
         for lock in found:
             key = lock.key
-            if key is None or self._tasks.mutex(lock.device_id).locked():
+            if key is None or key in places or self._tasks.mutex(lock.device_id).locked():
                 continue  # another task works on this device
             async with self._tasks.mutex(lock.device_id):
                 now = self._locks.locks.get(lock.device_id) or _without_lease(key)
@@ -158,14 +181,17 @@ class Adopter:
         mine = lock.holder == self._me.node
         others = self._locks.mine() if mine else ()
         moved = next((other for other in others if other.in_place_of == key.id and other.key), None)
-        moved_to, latest = (moved.key, moved) if moved is not None else (None, lock)
-        location = moved_to or key
-        alive = not mine or lock.boot_id == latest.boot_id == self._me.boot_id
-        port = own_port(location, ports, latest.port if mine else None) if alive else None
+        moved_to = moved.key if moved is not None else None
+        port = recorded_port(key, moved_to, lock.port, ports)
+        location = (port.record if port is not None else moved_to) or key
+        latest = self._locks.locks.get(location.id) or lock
+        # a lock of another boot of this node was set back by a restore of etcd, or another machine has the name
+        mine = mine and (lock.names(self._me) or port is None)
         attachment = await self._driver.inspect(location, port.number) if port is not None else None
-        usb_id = lock.usb_id or (attachment.usb_id if attachment is not None else UsbId(0, 0))
+        usb_id, source = (port.usb_id, port.import_from) if port is not None else (None, None)
+        usb_id = usb_id or lock.usb_id or (attachment.usb_id if attachment is not None else UsbId(0, 0))
         if attachment is not None and attachment.usb_id != usb_id:
-            attachment, port = None, None  # the port record is stale: the port has another device
+            attachment, port = None, None  # the port has another device by now
         user = users.get(key.id)
         handed_out = self._specs.recall(key.id, user.resource if user is not None else None)
         used = True if user is not None else False if complete else None
@@ -179,10 +205,10 @@ class Adopter:
             allocated_as=replace(attachment, key=key) if attachment is not None else None,
             traceparent=lock.traceparent,
             allocated_at=self._clock.monotonic(),
-            pod=lock.pod if mine else user.pod if user is not None else None,
+            pod=lock.pod if mine and records_import(latest, source) else user.pod if user is not None else None,
             serial=(attachment.serial if attachment is not None else None) or lock.serial or None,
-            moved_to=moved_to,
-            import_from=(port.import_from if port is not None else None) or (latest.import_from if mine else None),
+            moved_to=location if location != key else None,
+            import_from=source or (latest.import_from if mine else None),
         )
         if not mine:
             self._tasks.book.move(claim, ClaimEvent.DEPRIVED)
@@ -190,7 +216,7 @@ class Adopter:
             self._monitor.begin_withdrawal(key.id)
             return
         orphan = lock.in_place_of is not None
-        verdict = decide_adoption(lock, self._me, attached=attachment is not None, used=used, orphan=orphan)
+        verdict = decide_adoption(attached=attachment is not None, used=used, orphan=orphan)
         if verdict is Adoption.RELEASE and lock.boot_id != self._me.boot_id:
             self._tasks.spawn(self._release_earlier(claim), f"release {key}")
             return
@@ -235,6 +261,7 @@ class Adopter:
             self._monitor.begin_reattach(claim.id)
         else:
             self._tasks.book.move(claim, ClaimEvent.ADOPTED)
+            self._monitor.check_locks(claim.id)
             log.info(
                 "device adopted", extra={"device": str(claim.key), "port": claim.port, "place": str(claim.location)}
             )

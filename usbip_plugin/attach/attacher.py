@@ -193,6 +193,10 @@ class Attacher:
             )
             self._specs.write(live, attachment)
             self._book.put(live)
+            for location in dict.fromkeys((live.key, live.location)):
+                lock = self._locks.locks.get(location.id)
+                if lock is not None and lock.pod is not None:
+                    self._tasks.spawn(self._tasks.note_pod(location, None), f"note another pod of {location}")
             allocate = trace.get_current_span()
             allocate.set_attribute("usbip.reused", value=True)
             for link in links_to(live.traceparent):

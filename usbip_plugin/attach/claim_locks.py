@@ -15,9 +15,9 @@ from usbip_plugin.claims import Claim, ClaimBook, ClaimState
 from usbip_plugin.context import NodeContext
 from usbip_plugin.errors import OTHER_BOOT, LockHeld, LockLost, LockUnavailable
 from usbip_plugin.locks.manager import Grant, LockManager
-from usbip_plugin.locks.protocol import LockMeta
+from usbip_plugin.locks.protocol import UNKNOWN_POD, LockMeta
 from usbip_plugin.locks.watch import LockChange
-from usbip_plugin.model import DeviceKey, Endpoint, Lock
+from usbip_plugin.model import DeviceKey, Endpoint, Hold, Lock
 
 
 class ClaimLocks:
@@ -122,6 +122,12 @@ class ClaimLocks:
         lock = self._locks.locks.get(device_id)
         return lock.holder if lock is not None else ""
 
+    def holds(self, claim: Claim) -> tuple[Hold, ...]:
+        """Returns this boot's holds of the claim's locks, that of its device first; none if one is not known."""
+        tenures = {key: self._locks.tenure(key.id) for key in (claim.key, claim.location)}
+        holds = tuple(Hold(key, tenure) for key, tenure in tenures.items() if tenure is not None and tenure.uid)
+        return holds if len(holds) == len(tenures) else ()
+
     def is_mine(self, device_id: str) -> bool:
         """Returns whether the lock, as last seen, names this boot of this node (R3)."""
         lock = self._locks.locks.get(device_id)
@@ -151,5 +157,5 @@ def _meta(claim: Claim, key: DeviceKey, import_from: Endpoint | None) -> LockMet
         in_place_of=claim.id if key != claim.key else None,
         import_from=import_from if key == claim.location else None,
         serial=claim.serial or "",
-        pod=claim.pod,
+        pod=claim.pod or UNKNOWN_POD,
     )

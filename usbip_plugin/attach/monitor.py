@@ -234,8 +234,17 @@ class AttachmentMonitor:
         self._reattacher.look_again(change.device_id)
         self.begin_withdrawal(change.device_id)
 
+    def check_locks(self, device_id: str) -> None:
+        """Checks the locks of a device that has just been adopted as a change of them is checked. Returns at once."""
+        claim = self._tasks.book[device_id]
+        lock = self._locks.locks.get(claim.location.id)
+        if lock is None or not lock.names(self._me):
+            self._location_lost(claim.location.id, lock)
+        for key in dict.fromkeys((claim.key, claim.location)):
+            self._correct_lock(key.id)
+
     def _correct_lock(self, device_id: str) -> None:
-        """Begins to correct a lock of this node whose record a restore of etcd has set back.
+        """Begins to correct a lock of this node whose record a restore of etcd has set back. Returns at once.
 
         The next process would believe it, and release the device of a pod that the lock does not name.
         """

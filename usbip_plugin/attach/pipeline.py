@@ -344,7 +344,8 @@ class Pipeline:
                 self._book.move(self._book[device_id], ClaimEvent.IMPORTED)
             progress.doing = f"attaching {key} to vhci_hcd"
             with self.span("attach", key) as step:
-                port = await self._driver.attach(key, imported.descriptor, imported.sock.fileno())
+                holds = self._claim_locks.holds(claim)
+                port = await self._driver.attach(key, imported.descriptor, imported.sock.fileno(), holds)
                 step.set_attribute("usbip.vhci.port", port)
         finally:
             imported.close()

@@ -12,6 +12,7 @@ from usbip_plugin.clock import backoff
 from usbip_plugin.context import NodeContext
 from usbip_plugin.errors import ClaimBusy, KubeError, LockError, LockLost
 from usbip_plugin.locks.manager import LockManager
+from usbip_plugin.locks.protocol import UNKNOWN_POD
 from usbip_plugin.model import DeviceKey, Identity, PodRef, UsbId
 from usbip_plugin.observe.spans import device_attributes, failed, pod_attributes, span
 from usbip_plugin.observe.tracing import remote_parent
@@ -80,10 +81,11 @@ class DeviceTasks:
         """Returns the mutex under which all work on this device is done."""
         return self._mutexes.setdefault(device_id, asyncio.Lock())
 
-    async def note_pod(self, key: DeviceKey, pod: PodRef) -> None:
+    async def note_pod(self, key: DeviceKey, pod: PodRef | None) -> None:
         """Writes the pod to the device's lock: a person's release holds for the pod that the lock names (R6).
 
-        Tries until the write succeeds, the lock is lost or the pod has the device no more.
+        Tries until the write succeeds, the lock is lost or the pod has the device no more. pod: None if another pod has
+        got the device, and it is not known yet which. The next process must not take it for that of the earlier pod.
         """
 
         def has_it() -> bool:
@@ -92,14 +94,15 @@ class DeviceTasks:
 
         claim = self.book.get(key.id)
         context = remote_parent(claim.traceparent if claim is not None else None)
+        written = pod or UNKNOWN_POD
         with span(self._tracer, "pod", device_attributes(key) | pod_attributes(pod), context=context) as noted:
-            error = await failure_of(self._locks.annotate(key, pod=pod))
+            error = await failure_of(self._locks.annotate(key, pod=written))
             if error is not None:
                 failed(noted, error)
-                extra = {"device": str(key), "pod": str(pod), "cause": str(error)}
+                extra = {"device": str(key), "pod": str(pod) if pod is not None else None, "cause": str(error)}
                 log.warning("pod not recorded on the lock", extra=extra)
         if error is not None:
-            await self.try_again(error, lambda: self._locks.annotate(key, pod=pod), has_it)
+            await self.try_again(error, lambda: self._locks.annotate(key, pod=written), has_it)
 
     async def try_again(
         self,
@@ -114,7 +117,8 @@ class DeviceTasks:
         waits = backoff(self._rng, RELEASE_FIRST_WAIT, RELEASE_MAX_WAIT)
         while error is not None and not isinstance(error, LockLost) and needed():
             await self.until_api_returns(next(waits))
-            error = await failure_of(write())
+            if needed():  # a later write may have replaced what this one says
+                error = await failure_of(write())
 
     def note_port(self, key: DeviceKey, port: int, usb_id: UsbId, devid: int | None = None) -> None:
         """Starts writing the number of the device's vhci port, and its USB ID, to its lock.

@@ -33,7 +33,6 @@ CLASS_NAMES = {
 }
 
 _HEX = re.compile(r"(?:0[xX])?([0-9a-fA-F]{1,4})")
-_USB_ID = re.compile(r"([0-9a-fA-F]{4}):([0-9a-fA-F]{4})")
 MAX_NUMBER_CHARACTERS = 64
 """Characters of a number or duration. None needs more, and parsing a number with very many digits takes long."""
 _GO_INTEGER = re.compile(
@@ -186,14 +185,13 @@ def text(node: Node, problems: Problems, *, longest: int) -> str | None:
 
 def usb_id(node: Node, problems: Problems) -> UsbId | None:
     """Reads vendor:product, each with four hexadecimal digits, as `lsusb` and `usbip list` show it."""
-    match = _USB_ID.fullmatch(node.scalar or "")
-    if match is None:
+    found = UsbId.parse(node.scalar or "")
+    if found is None:
         problems.error(
             node,
             f'{node.describe()} is not a valid vendor:product pair; expected 4 hex digits each, such as "0951:1666"',
         )
-        return None
-    return UsbId(int(match[1], 16), int(match[2], 16))
+    return found
 
 
 def bus_id(node: Node, problems: Problems) -> str | None:

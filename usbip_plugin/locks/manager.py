@@ -19,12 +19,12 @@ from usbip_plugin.config.schema import DEFAULT_LOCK_DURATION_S, IMPORT_WINDOW_S
 from usbip_plugin.errors import LockError, LockHeld, LockLost, LockReleased, LockUnavailable
 from usbip_plugin.locks import protocol, record
 from usbip_plugin.locks.kept import IgnoredLocks, LockFilter
-from usbip_plugin.locks.protocol import Decision, Denied, LockMeta, LockStatus, Rules, Tenure, Write
+from usbip_plugin.locks.protocol import Decision, Denied, LockMeta, LockStatus, Rules, Write
 from usbip_plugin.locks.record import Lease, LeaseStore
 from usbip_plugin.locks.session import ExpiryWatch, Session
 from usbip_plugin.locks.watch import ApiReachability, ApiState, LockCache, LockChange, LockWatcher, WatchedStore
 from usbip_plugin.locks.writer import AcknowledgedWrite, WriteAttempts, Writer
-from usbip_plugin.model import DeviceKey, Identity, Lock, NodeIdentity, PodRef, ServerKey, UsbId
+from usbip_plugin.model import DeviceKey, Identity, Lock, NodeIdentity, PodRef, ServerKey, Tenure, UsbId
 from usbip_plugin.observe.spans import device_attributes, span
 from usbip_plugin.usbip.poller import ExportState
 
@@ -193,6 +193,19 @@ class LockManager:
         """Like subscribe(), for each change of the API server's reachability."""
         self._api_subscribers.append(callback)
         return lambda: self._api_subscribers.remove(callback)
+
+    def tenure(self, device_id: str) -> Tenure | None:
+        """Returns this boot's last hold of the lock, None if it has none or has released it."""
+        return self._tenures.get(device_id)
+
+    def remember(self, device_id: str, tenure: Tenure) -> None:
+        """Recalls a hold of this boot from an earlier process, for a device that is still attached.
+
+        A hold that this process knows is kept if it is later, or of another Lease.
+        """
+        known = self._tenures.setdefault(device_id, tenure)
+        if known.uid == tenure.uid and known.epoch < tenure.epoch:
+            self._tenures[device_id] = tenure
 
     def is_set_back(self, device_id: str) -> bool:
         """Returns whether a restore of etcd has set the lock back to before this boot's hold of it (R6)."""
@@ -383,6 +396,8 @@ class LockManager:
         self._notify(change)
 
     def _note_twin(self, change: LockChange, lock: Lock) -> None:
+        if self.is_set_back(change.device_id):
+            return  # an outdated event, or a restore: this boot has held the lock since
         listed = change.listed or not self.ready.is_set()  # before the first list, a lock is new to this node only
         if not listed:
             self._twin_wrote[change.device_id] = self._clock.monotonic()

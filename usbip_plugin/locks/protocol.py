@@ -31,7 +31,10 @@ from datetime import datetime
 
 from usbip_plugin.locks import record
 from usbip_plugin.locks.record import Lease
-from usbip_plugin.model import DeviceKey, Endpoint, Identity, Lock, NodeIdentity, PodRef
+from usbip_plugin.model import DeviceKey, Endpoint, Identity, Lock, NodeIdentity, PodRef, Tenure
+
+UNKNOWN_POD = PodRef("", "")
+"""Stands in LockMeta for a pod that has the device and is not known yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +49,7 @@ class LockMeta:
     import_from: from where this node is about to import. None removes that of another epoch.
     serial: the serial number of the device that a pod has, "" if it is not known. With another one on the lock, the
         next process would give the pod another device.
-    pod: the pod that has the device.
+    pod: the pod that has the device; UNKNOWN_POD removes the one that had it before.
     port: the vhci port to which the device is attached.
     """
 
@@ -283,14 +286,6 @@ def twin_may_import(seen_for: float, import_window: float) -> bool:
     return seen_for < 2 * import_window
 
 
-@dataclass(frozen=True, slots=True)
-class Tenure:
-    """A hold of a lock by this boot: the uid of the Lease, and the epoch."""
-
-    uid: str
-    epoch: int
-
-
 def is_set_back(lease: Lease | None, me: NodeIdentity, tenure: Tenure | None) -> bool:
     """Returns whether a lock is older than this boot's last hold of it: etcd was restored from a backup (R6).
 
@@ -420,7 +415,7 @@ def meta_notes(lease: Lease, meta: LockMeta) -> dict[str, str | None]:
     if meta.traceparent is not None:
         notes[record.TRACEPARENT] = meta.traceparent
     if meta.pod is not None:
-        notes[record.POD] = record.pod_text(meta.pod)
+        notes[record.POD] = record.pod_text(meta.pod) if meta.pod != UNKNOWN_POD else None
     if meta.port is not None:
         notes[record.PORT] = str(meta.port)
     if meta.import_from is not None:

@@ -171,7 +171,6 @@ MAX_INTERFACES = 32  # interfaces kept of a device, as many as USB allows
 _DEVICE_ID = re.compile(DEVICE_ID_PREFIX + "[a-z2-7]{20}")
 MAX_TCP_PORT = 65535
 _TCP_PORT = re.compile("[0-9]{1,5}")
-_USB_ID = re.compile("[0-9a-f]{4}:[0-9a-f]{4}")
 _INTERFACES = re.compile(f"([0-9a-f]{{6}}(,[0-9a-f]{{6}}){{0,{MAX_INTERFACES - 1}}})?")
 _READ_FROM = re.compile("([0-9]{1,5}):([0-9]{1,5})")
 _PORT = re.compile("[0-9]{1,4}")
@@ -209,7 +208,7 @@ def lock_of(lease: Lease) -> Lock:
         server=server,
         busid=busid,
         key=_key_of(lease.name, server, busid),
-        usb_id=_usb_id_of(notes.get(USB_ID)),
+        usb_id=UsbId.parse(notes.get(USB_ID, "")),
         serial="" if notes.get(SERIAL) == "" else _text(notes.get(SERIAL)),
         boot_id=_match(_UID, notes.get(BOOT_ID)),
         port=port_of(notes.get(PORT)),
@@ -380,8 +379,3 @@ def _key_of(device_id: str, server: str | None, busid: str | None) -> DeviceKey 
         return None
     key = DeviceKey(ServerKey(host.removeprefix("[").removesuffix("]"), int(port)), busid)
     return key if key.id == device_id else None
-
-
-def _usb_id_of(text: str | None) -> UsbId | None:
-    found = _match(_USB_ID, text)
-    return None if found is None else UsbId(int(found[:4], 16), int(found[5:], 16))

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from usbip_plugin.model import Attachment, Descriptor, DeviceKey, Endpoint, InterfaceRules
+from usbip_plugin.model import Attachment, Descriptor, DeviceKey, Endpoint, Hold, InterfaceRules, UsbId
 from usbip_plugin.vhci.sysfs import Hub, PortStatus
 
 CHILD_WAIT_S = 3.0  # seconds to wait for child nodes that the interface classes lead to expect
@@ -25,6 +25,7 @@ class PortState:
     record: the device in the record, written by this node's plugin or the `usbip` tool; None for a free port.
     by_plugin: whether a plugin of this node wrote the record, rather than the tool.
     import_from: this node's end of the connection, as the record has it.
+    usb_id, holds: the USB ID of the device that was attached, and its locks, as the record has them.
     """
 
     number: int
@@ -36,6 +37,15 @@ class PortState:
     record: DeviceKey | None = None
     by_plugin: bool = False
     import_from: Endpoint | None = None
+    usb_id: UsbId | None = None
+    holds: tuple[Hold, ...] = ()
+
+    @property
+    def allocated_as(self) -> DeviceKey | None:
+        """Returns the device as it was allocated; None without a record of a plugin. The record names where it is."""
+        if not self.by_plugin:
+            return None
+        return self.holds[0].key if self.holds else self.record
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +74,10 @@ class VhciDriver(Protocol):
     async def ports(self) -> tuple[PortState, ...]:
         """Returns every port of every controller, sorted by number."""
 
-    async def attach(self, key: DeviceKey, descriptor: Descriptor, fd: int) -> int:
+    async def attach(self, key: DeviceKey, descriptor: Descriptor, fd: int, holds: tuple[Hold, ...] = ()) -> int:
         """Hands a connected socket to the kernel. Returns the port number once the kernel has its own reference to it.
+
+        holds: the locks under which it is attached, for the port record; that of the device as it was allocated first.
 
         The caller still owns fd and closes it, on success and on failure. Writes the port record before it asks the
         kernel, and removes the record if the kernel refuses. Tries another port if another process takes the port

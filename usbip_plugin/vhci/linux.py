@@ -29,7 +29,7 @@ from usbip_plugin.errors import (
     WrongDevice,
     WrongSerial,
 )
-from usbip_plugin.model import Attachment, Descriptor, DeviceKey, InterfaceRules
+from usbip_plugin.model import Attachment, Descriptor, DeviceKey, Hold, InterfaceRules
 from usbip_plugin.sync import Broadcast, OwnThreads
 from usbip_plugin.vhci.children import Children
 from usbip_plugin.vhci.devices import DeviceAttributes, DeviceNodes, read_attributes, read_nodes
@@ -139,9 +139,16 @@ class SysfsVhci:
         if record is None:
             return state
         by_plugin = record.occupant is not None
-        return replace(state, record=record.key, by_plugin=by_plugin, import_from=record.import_from)
+        return replace(
+            state,
+            record=record.key,
+            by_plugin=by_plugin,
+            import_from=record.import_from,
+            usb_id=record.usb_id,
+            holds=record.holds,
+        )
 
-    async def attach(self, key: DeviceKey, descriptor: Descriptor, fd: int) -> int:
+    async def attach(self, key: DeviceKey, descriptor: Descriptor, fd: int, holds: tuple[Hold, ...] = ()) -> int:
         hub = hub_of(descriptor.speed)
         for _ in range(ATTACH_TRIES):
             ports = self._table.all()
@@ -151,7 +158,7 @@ class SysfsVhci:
             async with self._writing[port.number]:
                 # another write may have waited for the port, and goes first: the port may be in use after it
                 free = self._table.one(port.number).status is PortStatus.NULL
-                if free and await self._attach_to(port, key, descriptor, fd):
+                if free and await self._attach_to(port, key, descriptor, fd, holds):
                     return port.number
         raise AttachRefused(f"{key}: other processes took {ATTACH_TRIES} {hub} ports in a row; try again")
 
@@ -168,7 +175,9 @@ class SysfsVhci:
             lingering.add(port.number)
         return port
 
-    async def _attach_to(self, port: Port, key: DeviceKey, descriptor: Descriptor, fd: int) -> bool:
+    async def _attach_to(
+        self, port: Port, key: DeviceKey, descriptor: Descriptor, fd: int, holds: tuple[Hold, ...]
+    ) -> bool:
         """Attaches the device, or leaves nothing behind. Returns False if it is to be tried again.
 
         That is if another process took the port first, or if this kernel refused the device's speed for the first time:
@@ -180,7 +189,8 @@ class SysfsVhci:
         handed_over = done = False
         try:
             text = format_attach(port.number, own, descriptor.devid, speed)
-            self._write_record(port.number, Record(key, (descriptor.devid, own), local_endpoint(own)))
+            record = Record(key, (descriptor.devid, own), local_endpoint(own), False, descriptor.usb_id, holds)
+            self._write_record(port.number, record)
             self._guard_hub(port)
             undo = functools.partial(self._undo_attach, port.number)
             handed_over = True

@@ -6,7 +6,15 @@ The first line is the one of the `usbip` tool, which reads and writes these file
     65540 312                                   devid and sockfd of the attachment
     version=2 import-from=10.20.30.7:40123      since version 2; unknown words and further lines are ignored
 
-The word unfinished=1 is there while the interfaces of the device are being authorised one by one.
+The word usb-id=0951:1666 is the USB ID of the device that was attached. The word unfinished=1 is there while the
+interfaces of the device are being authorised one by one.
+
+Each lock under which the device was attached has a line of its own, with uid, epoch, host, port and bus ID. The first
+is that of the device as it was allocated; a second one is there if the device has moved to the bus ID of the record:
+
+    held 2d1f5f0a-4c3e-4b52-9d1b-7f0f6c1c9a11 12 10.20.30.40 3240 1-1.3
+
+So the next process knows what the locks said then, also after etcd was restored from an earlier backup.
 
 A plugin of version 1 ignores the second line if a third follows. Then it adopts the device by its lock alone.
 """
@@ -17,18 +25,22 @@ import contextlib
 import os
 import re
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from usbip_plugin.model import DeviceKey, Endpoint, ServerKey
+from usbip_plugin.model import DeviceKey, Endpoint, Hold, ServerKey, Tenure, UsbId
 
 RECORD_VERSION = 2
 """Version of the records that the plugin writes."""
 
-MAX_RECORD = 1200  # characters read of a record; the tool reads host 1025 + port 32 + busid 32
+MAX_RECORD = 4096  # characters read of a record; the tool reads host 1025 + port 32 + busid 32
+MAX_HOLDS = 2  # of a device that has moved
 _MAX_HOST = 1024
 _OCCUPANT = re.compile(r"([0-9]{1,10}) ([0-9]{1,10})")
 _BUSID = re.compile(r"[0-9A-Za-z.:_-]{1,31}")
+_UID = re.compile(r"[0-9A-Za-z._-]{1,64}", re.ASCII)
+_EPOCH = re.compile(r"[0-9]{1,10}", re.ASCII)
 _FILE = re.compile(r"port(0|[1-9][0-9]{0,5})")
 _MAX_PORT = 65535
 
@@ -40,12 +52,16 @@ class Record:
     occupant: Port.occupant; None in a record that the `usbip` tool wrote.
     import_from: the node's end of the connection; None in a record of the tool or of version 1.
     unfinished: whether some of the interfaces that the device may have are perhaps not authorised or probed yet.
+    usb_id: of the device that was attached; None in a record of the tool or of an earlier plugin.
+    holds: the locks under which it was attached, that of the device as it was allocated first; empty likewise.
     """
 
     key: DeviceKey
     occupant: tuple[int, int] | None = None
     import_from: Endpoint | None = None
     unfinished: bool = False
+    usb_id: UsbId | None = None
+    holds: tuple[Hold, ...] = ()
 
     def fits(self, occupant: tuple[int, int] | None) -> bool:
         """Returns whether the record may belong to this attachment. An unknown occupant on either side always fits."""
@@ -59,7 +75,11 @@ def format_record(record: Record) -> str:
     if record.occupant is not None:
         text += f"{record.occupant[0]} {record.occupant[1]}\nversion={RECORD_VERSION}"
         text += f" import-from={record.import_from}" if record.import_from is not None else ""
+        text += f" usb-id={record.usb_id}" if record.usb_id is not None else ""
         text += " unfinished=1\n" if record.unfinished else "\n"
+        for hold in record.holds:
+            server = hold.key.server
+            text += f"held {hold.tenure.uid} {hold.tenure.epoch} {server.host} {server.port} {hold.key.busid}\n"
     if parse_record(text) != record:
         raise ValueError(f"{key} cannot be written as a port record")
     return text
@@ -67,22 +87,44 @@ def format_record(record: Record) -> str:
 
 def parse_record(text: str) -> Record | None:
     """Returns the record in the text, or None if it is not valid or has a service name instead of a TCP port."""
-    first, second, third, *_ = (*text.split("\n"), "", "")
-    fields = first.split()
-    if len(fields) != 3 or len(text) > MAX_RECORD:
+    first, second, third, *more = (*text.split("\n"), "", "")
+    key = _key_of(first.split())
+    if key is None or len(text) > MAX_RECORD:
+        return None
+    found = _OCCUPANT.fullmatch(second)
+    if found is None:
+        return Record(key)
+    words = dict(word.partition("=")[::2] for word in third.split())
+    return Record(
+        key,
+        (int(found[1]), int(found[2])),
+        Endpoint.parse(words.get("import-from", "")),
+        words.get("unfinished") == "1",
+        UsbId.parse(words.get("usb-id", "")),
+        tuple(hold for line in more if (hold := _hold_of(line.split())) is not None)[:MAX_HOLDS],
+    )
+
+
+def _key_of(fields: Sequence[str]) -> DeviceKey | None:
+    """Returns the device for host, port and bus ID, or None if they are not valid."""
+    if len(fields) != 3:
         return None
     host, port, busid = fields
     if len(host) > _MAX_HOST or not host.isprintable():
         return None
     if not (port.isascii() and port.isdigit() and 0 < int(port) <= _MAX_PORT) or not _BUSID.fullmatch(busid):
         return None
-    found = _OCCUPANT.fullmatch(second)
-    key = DeviceKey(ServerKey(host, int(port)), busid)
-    if found is None:
-        return Record(key)
-    words = dict(word.partition("=")[::2] for word in third.split())
-    import_from = Endpoint.parse(words.get("import-from", ""))
-    return Record(key, (int(found[1]), int(found[2])), import_from, words.get("unfinished") == "1")
+    return DeviceKey(ServerKey(host, int(port)), busid)
+
+
+def _hold_of(fields: Sequence[str]) -> Hold | None:
+    """Returns the hold in a line "held ...", or None for any other line."""
+    if len(fields) != 6 or fields[0] != "held":
+        return None
+    key = _key_of(fields[3:])
+    if key is None or not _UID.fullmatch(fields[1]) or not _EPOCH.fullmatch(fields[2]):
+        return None
+    return Hold(key, Tenure(fields[1], int(fields[2])))
 
 
 def local_endpoint(fd: int) -> Endpoint | None:

@@ -19,7 +19,7 @@ from usbip_plugin.errors import (
     WrongDevice,
     WrongSerial,
 )
-from usbip_plugin.model import Attachment, Descriptor, DeviceKey, InterfaceRules
+from usbip_plugin.model import Attachment, Descriptor, DeviceKey, Hold, InterfaceRules
 from usbip_plugin.vhci.driver import ABANDON_S, ASKED_CHILD_WAIT_S, DEFAULT_RULES, DriverReport, PortState
 from usbip_plugin.vhci.sysfs import Port, PortStatus, choose_port, hub_of
 from usbip_sim.kernel.ports import SimulatedKernel
@@ -68,11 +68,18 @@ class SimulatedVhci:
         record = self._records.get(port.number) if ours else None
         state = PortState(port.number, port.hub, port.status, port.speed, port.devid, port.local_busid)
         occupant = self._kernel.occupant(port.number)
-        if record is None or occupant is None:
+        if record is None or occupant is None or occupant.descriptor is None:
             return state
-        return replace(state, record=record, by_plugin=True, import_from=occupant.import_from)
+        return replace(
+            state,
+            record=record,
+            by_plugin=True,
+            import_from=occupant.import_from,
+            usb_id=occupant.descriptor.usb_id,
+            holds=occupant.holds,
+        )
 
-    async def attach(self, key: DeviceKey, descriptor: Descriptor, fd: int) -> int:
+    async def attach(self, key: DeviceKey, descriptor: Descriptor, fd: int, holds: tuple[Hold, ...] = ()) -> int:
         ports = self._ports()
         port = choose_port(ports, descriptor.speed)
         if port is None:
@@ -92,7 +99,7 @@ class SimulatedVhci:
             occupant.appears_at = float("inf")
         self._known[port.number] = occupant.number
         self._records[port.number] = key
-        occupant.recorded_by = self._node
+        occupant.recorded_by, occupant.holds = self._node, holds
         return port.number
 
     async def enumerate(

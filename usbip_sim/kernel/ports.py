@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from usbip_plugin.clock import Clock
-from usbip_plugin.model import Attachment, Descriptor, DeviceKey, DeviceNode, Endpoint, InterfaceClass, UsbId
+from usbip_plugin.model import Attachment, Descriptor, DeviceKey, DeviceNode, Endpoint, Hold, InterfaceClass, UsbId
 from usbip_plugin.sync import Broadcast
 from usbip_plugin.vhci.records import local_endpoint
 from usbip_plugin.vhci.sysfs import Hub, Port, PortStatus
@@ -38,6 +38,7 @@ class Occupant:
     identified: the kernel has read the identity from the device itself, and `children` follow from that identity.
     interfaces: as read from the device itself, where that was done.
     import_from: the node's end of the connection, None if it has no address.
+    holds: the locks under which it was attached, as the port record has them.
     let_go: releases the kernel's reference to the socket.
     """
 
@@ -56,6 +57,7 @@ class Occupant:
     interfaces: tuple[InterfaceClass, ...] = ()
     children: list[DeviceNode] = field(default_factory=list)
     import_from: Endpoint | None = None
+    holds: tuple[Hold, ...] = ()
     let_go: Callable[[], None] = lambda: None
 
     @property

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from usbip_plugin.clock import Clock, backoff
 from usbip_plugin.errors import AttachRefused, DriverMissing, SimulatedKernelMissing
-from usbip_plugin.model import Attachment, Descriptor, DeviceKey, InterfaceRules
+from usbip_plugin.model import Attachment, Descriptor, DeviceKey, Hold, InterfaceRules
 from usbip_plugin.sync import Broadcast
 from usbip_plugin.vhci.driver import ABANDON_S, ASKED_CHILD_WAIT_S, DEFAULT_RULES, DriverReport, PortState
 from usbip_sim.kernel import wire
@@ -51,9 +51,9 @@ class RemoteVhci:
     async def ports(self) -> tuple[PortState, ...]:
         return await self._call(wire.Ports(), tuple[PortState, ...])
 
-    async def attach(self, key: DeviceKey, descriptor: Descriptor, fd: int) -> int:
+    async def attach(self, key: DeviceKey, descriptor: Descriptor, fd: int, holds: tuple[Hold, ...] = ()) -> int:
         # If cancelled, _received detaches the port of a late answer.
-        return await self._call(wire.Attach(key, descriptor), int, fd=fd)
+        return await self._call(wire.Attach(key, descriptor, holds), int, fd=fd)
 
     async def enumerate(
         self,

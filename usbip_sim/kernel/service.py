@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from usbip_plugin.errors import AttachRefused, VhciError, WrongDevice
-from usbip_plugin.model import Attachment, Descriptor, DeviceKey
+from usbip_plugin.model import Attachment, Descriptor, DeviceKey, Hold
 from usbip_sim.kernel import wire
 from usbip_sim.kernel.channel import Channel
 from usbip_sim.kernel.device_nodes import DeviceNodes
@@ -72,13 +72,15 @@ class KernelService:
                 self._remove_nodes()
                 self._path.unlink(missing_ok=True)
 
-    async def attach(self, driver: SimulatedVhci, key: DeviceKey, descriptor: Descriptor, fd: int) -> int:
+    async def attach(
+        self, driver: SimulatedVhci, key: DeviceKey, descriptor: Descriptor, fd: int, holds: tuple[Hold, ...]
+    ) -> int:
         """Attaches a device (see VhciDriver.attach) and records the identity and child nodes read from it.
 
         Raises AttachRefused also if a child node cannot be made; then the port is free again.
         """
         identity = await enumerate_device(key, descriptor, fd, self.kernel.clock) if self._identify else None
-        port = await driver.attach(key, descriptor, fd)
+        port = await driver.attach(key, descriptor, fd, holds)
         occupant = self.kernel.occupant(port)
         if identity is None or occupant is None:
             return port
@@ -177,10 +179,10 @@ class _Session:
         match request:
             case wire.Ports():
                 return wire.compact(await driver.ports())
-            case wire.Attach(key, descriptor):
+            case wire.Attach(key, descriptor, holds):
                 if fd is None:
                     raise AttachRefused("no socket came with the request")
-                return await self._service.attach(driver, key, descriptor, fd)
+                return await self._service.attach(driver, key, descriptor, fd, holds)
             case wire.Enumerate(key, descriptor, port):
                 attachment = await driver.enumerate(
                     key,

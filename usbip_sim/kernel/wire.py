@@ -21,7 +21,7 @@ from usbip_plugin.errors import (
     VhciError,
     WrongDevice,
 )
-from usbip_plugin.model import Attachment, Descriptor, DeviceKey, InterfaceRules, UsbId, valid_kind
+from usbip_plugin.model import Attachment, Descriptor, DeviceKey, Hold, InterfaceRules, UsbId, valid_kind
 from usbip_plugin.vhci.driver import PortState
 
 VERSION = 7
@@ -73,6 +73,7 @@ class Attach(Call):
 
     key: DeviceKey
     descriptor: Descriptor
+    holds: tuple[Hold, ...] = ()
 
 
 class Enumerate(Call):

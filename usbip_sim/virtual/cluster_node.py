@@ -13,7 +13,7 @@ from usbip_plugin.kube.fleet import Fleet
 from usbip_plugin.kube.node_status import KUBELET_SYNC_S
 from usbip_plugin.kubelet.device_plugin import DevicePluginServer
 from usbip_plugin.kubelet.plugins import Plugin
-from usbip_plugin.model import Descriptor, DeviceKey, NodeIdentity, PodRef
+from usbip_plugin.model import Descriptor, DeviceKey, Hold, NodeIdentity, PodRef
 from usbip_plugin.node.agent import Agent, AgentDependencies
 from usbip_plugin.usbip.client import TcpUsbipClient
 from usbip_sim.kernel.driver import SimulatedVhci
@@ -334,8 +334,8 @@ class _ProcessVhci(SimulatedVhci):
         super().__init__(kernel, node)
         self._kernel_of_node, self._process, self._host = kernel, process, host
 
-    async def attach(self, key: DeviceKey, descriptor: Descriptor, fd: int) -> int:
-        number = await super().attach(key, descriptor, fd)
+    async def attach(self, key: DeviceKey, descriptor: Descriptor, fd: int, holds: tuple[Hold, ...] = ()) -> int:
+        number = await super().attach(key, descriptor, fd, holds)
         try:
             await self._kernel_of_node.clock.sleep(ATTACH_S)  # attached in the kernel, not yet known to the process
         except BaseException:

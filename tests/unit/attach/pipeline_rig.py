@@ -33,10 +33,12 @@ from usbip_plugin.model import (
     Descriptor,
     DeviceKey,
     Endpoint,
+    Hold,
     Identity,
     InterfaceRules,
     Lock,
     ServerKey,
+    Tenure,
     UsbId,
 )
 from usbip_plugin.usbip.client import DeviceList, Imported
@@ -89,6 +91,7 @@ class ScriptedLocks:
         self.rules = Rules()
         self.locks: dict[str, Lock] = {}
         self.former: Lock | None = None
+        self.tenures: dict[str, Tenure] = {}
         self.identities: list[tuple[DeviceKey, Identity]] = []
         self.metas: list[LockMeta] = []
         self._clock, self._script = clock, script
@@ -119,6 +122,9 @@ class ScriptedLocks:
         meta = meta or LockMeta()
         self.metas.append(meta)
         return replace(await self._written("acquire", key, meta.import_from), former=self.former)
+
+    def tenure(self, device_id: str) -> Tenure | None:
+        return self.tenures.get(device_id)
 
     async def renew(self, key: DeviceKey, meta: LockMeta | None = None) -> Grant:
         import_from = meta.import_from if meta is not None else None
@@ -221,9 +227,9 @@ class ScriptedVhci(SimulatedVhci):
         await self._script.reach("ports")
         return await super().ports()
 
-    async def attach(self, key: DeviceKey, descriptor: Descriptor, fd: int) -> int:
+    async def attach(self, key: DeviceKey, descriptor: Descriptor, fd: int, holds: tuple[Hold, ...] = ()) -> int:
         await self._script.reach(f"attach {key.busid}")
-        port = await super().attach(key, descriptor, fd)
+        port = await super().attach(key, descriptor, fd, holds)
         await self._script.reach(f"attached {key.busid}")
         return port
 

@@ -14,8 +14,8 @@ from usbip_plugin.locks import record
 from usbip_plugin.locks.manager import LockSettings
 from usbip_plugin.locks.protocol import LockMeta, LockStatus
 from usbip_plugin.locks.session import BEAT_FRACTION, EXPIRED_BEATS, UNPROVEN_DURATIONS
-from usbip_plugin.locks.watch import ApiState
-from usbip_plugin.model import UNKNOWN_IDENTITY, DeviceKey, Identity, InterfaceClass
+from usbip_plugin.locks.watch import ApiState, LockChange
+from usbip_plugin.model import UNKNOWN_IDENTITY, DeviceKey, Identity, InterfaceClass, Tenure
 from usbip_plugin.usbip.poller import ExportState
 from usbip_sim.leases import FINE, Fate, Lost, Operation
 
@@ -387,6 +387,31 @@ async def test_a_lock_that_a_living_machine_of_the_nodes_name_takes_is_not_this_
     await until(lambda: new.manager.locks[KEY.id].holder == "", new)
     await new.manager.acquire(KEY)
     assert len(new.manager.mine()) == 1
+
+
+def test_outdated_events_of_a_lock_that_this_boot_has_held_since_show_no_living_machine(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    @on_world
+    async def story(w: World) -> None:
+        before = await w.node("a", boot="boot-1")
+        await before.manager.acquire(KEY)
+        w.backend.delete(KEY.id, w.backend.leases[KEY.id].resource_version)
+        await until(lambda: KEY.id not in before.manager.locks, before)
+        await before.manager.acquire(KEY)
+        await before.stop()
+        after = await w.node("a", boot="boot-2")
+        after.export_state = ExportState.FREE
+        assert (await after.manager.acquire(KEY)).epoch == 2
+        seen: list[LockChange] = []
+        after.manager.subscribe(seen.append)
+        after.store.replay(10)
+        await until(lambda: any(change.old is None for change in seen), after)
+        assert seen[-1].new is not None
+        assert seen[-1].new.boot_id == "boot-1"
+
+    story()
+    assert "another machine has this node's name" not in caplog.messages
 
 
 @on_world
@@ -786,6 +811,23 @@ def test_after_a_restore_of_etcd_every_node_agrees_with_the_api_server(bump: int
         assert (await a.manager.acquire(OTHER_KEY)).epoch == 2
 
     story()
+
+
+@on_held_world
+async def test_a_hold_of_an_earlier_process_shows_that_a_lock_was_set_back(w: World) -> None:
+    a, b = w.nodes
+    await a.manager.release(KEY)
+    await b.manager.acquire(KEY)
+    await until(lambda: a.manager.locks[KEY.id].holder == "b", a)
+    uid, epoch = w.backend.leases[KEY.id].uid, w.backend.leases[KEY.id].transitions
+    a.manager.remember(KEY.id, Tenure(uid, epoch - 1))
+    assert not a.manager.is_set_back(KEY.id), "b has taken it since"
+    for later in (epoch + 5, epoch - 1):  # the earlier one changes nothing
+        a.manager.remember(KEY.id, Tenure(uid, later))
+        assert a.manager.is_set_back(KEY.id)
+    a.manager.remember(KEY.id, Tenure("of another Lease", epoch + 6))
+    assert a.manager.tenure(KEY.id) == Tenure(uid, epoch + 5)
+    assert (await a.manager.acquire(KEY, attached=True)).lock.holder == "a"
 
 
 @on_held_world

@@ -11,6 +11,7 @@ from tests.rigs.vocabulary import KEY, OTHER_KEY
 from usbip_plugin.locks import protocol, record
 from usbip_plugin.locks.manager import LockSettings
 from usbip_plugin.locks.protocol import (
+    UNKNOWN_POD,
     Create,
     Decision,
     Denied,
@@ -19,11 +20,10 @@ from usbip_plugin.locks.protocol import (
     Loss,
     Observation,
     Replace,
-    Tenure,
     Write,
 )
 from usbip_plugin.locks.record import Lease
-from usbip_plugin.model import DeviceKey, Identity, InterfaceClass, Lock, NodeIdentity, PodRef, ServerKey
+from usbip_plugin.model import DeviceKey, Identity, InterfaceClass, Lock, NodeIdentity, PodRef, ServerKey, Tenure
 
 WHEN = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 ME, REBOOTED, OTHER = NodeIdentity("a", "boot-1"), NodeIdentity("a", "boot-2"), NodeIdentity("b", "boot-9")
@@ -279,6 +279,15 @@ def test_a_lock_that_is_taken_for_a_pod_has_the_serial_number_of_the_pods_device
     assert isinstance(decision, Replace)
     notes = decision.lease.annotations
     assert (notes.get(record.SERIAL), notes.get(record.READ_FROM), notes.get(record.INTERFACES)) == after
+
+
+def test_a_lock_whose_device_another_pod_has_got_names_no_pod() -> None:
+    decision = protocol.decide_acquire(None, KEY, replace(META, pod=MY_POD), write(ME), None, importable=False)
+    assert isinstance(decision, Create)
+    notes = protocol.meta_notes(decision.lease, LockMeta(pod=UNKNOWN_POD))
+    after = protocol.decide_amend(decision.lease, write(ME), notes)
+    assert isinstance(after, Replace)
+    assert (of(decision.lease).pod, of(after.lease).pod) == (MY_POD, None)
 
 
 def test_a_lock_that_is_taken_again_names_the_pod_at_once() -> None:

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from usbip_plugin.model import DeviceKey, Endpoint, ServerKey
-from usbip_plugin.vhci.records import Record, Records, format_record, parse_record
+from usbip_plugin.model import DeviceKey, Endpoint, Hold, ServerKey, Tenure, UsbId
+from usbip_plugin.vhci.records import MAX_HOLDS, Record, Records, format_record, parse_record
 
 KEY = DeviceKey(ServerKey("10.20.30.40", 3240), "1-1.4")
 
@@ -45,11 +45,18 @@ occupants = st.tuples(st.integers(0, 2**32 - 1), st.integers(0, 2**31 - 1))
 sources = st.none() | st.builds(Endpoint, st.ip_addresses(v=4).map(str), st.integers(1, 65535))
 
 
-@given(hosts, st.integers(1, 65535), busids, st.none() | st.tuples(occupants, sources, st.booleans()))
+usb_ids = st.none() | st.builds(UsbId, st.integers(0, 0xFFFF), st.integers(0, 0xFFFF))
+keys = st.builds(DeviceKey, st.builds(ServerKey, hosts, st.integers(1, 65535)), busids)
+tenures = st.builds(Tenure, st.uuids().map(str), st.integers(0, 2**31 - 1))
+holds = st.lists(st.builds(Hold, keys, tenures), max_size=MAX_HOLDS).map(tuple)
+
+
+@given(keys, st.none() | st.tuples(occupants, sources, st.booleans(), usb_ids, holds))
 def test_a_written_record_is_read_back(
-    host: str, port: int, busid: str, ours: tuple[tuple[int, int], Endpoint | None, bool] | None
+    key: DeviceKey,
+    ours: tuple[tuple[int, int], Endpoint | None, bool, UsbId | None, tuple[Hold, ...]] | None,
 ) -> None:
-    record = Record(DeviceKey(ServerKey(host, port), busid), *(ours or ()))
+    record = Record(key, *(ours or ()))
     assert parse_record(format_record(record)) == record
 
 
@@ -66,6 +73,23 @@ def test_a_written_record_is_read_back(
 def test_a_record_that_could_not_be_read_back_is_refused(key: DeviceKey) -> None:
     with pytest.raises(ValueError, match="port record"):
         format_record(Record(key))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "held u 1 host 3240",
+        "held u -1 host 3240 1-1",
+        "held u x host 3240 1-1",
+        "held u/v 1 host 3240 1-1",
+        "held u 1 host 0 1-1",
+        "held u 1 host 3240 1/1",
+        "kept u 1 host 3240 1-1",
+    ],
+)
+def test_an_invalid_line_about_a_lock_is_ignored(line: str) -> None:
+    text = format_record(Record(KEY, (65538, 4711)))
+    assert parse_record(text + line + "\n") == Record(KEY, (65538, 4711))
 
 
 @given(st.text(max_size=200))
