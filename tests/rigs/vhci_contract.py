@@ -161,6 +161,11 @@ class VhciContract:
         found = await state(successor, attachment.port)
         assert (found.record, found.by_plugin, found.allocated_as) == (imported.key, True, former.key)
         assert (found.usb_id, found.holds) == (imported.descriptor.usb_id, holds)
+        again = (Hold(imported.key, Tenure("2d1f5f0a-4c3e", 3)),)
+        await successor.note_holds(former.key, attachment.port, again)
+        assert await state(successor, attachment.port) == found, "another device's"
+        await successor.note_holds(imported.key, attachment.port, again)
+        assert await state(rig.plugin(), attachment.port) == dataclasses.replace(found, holds=again)
         assert await successor.inspect(imported.key, attachment.port) == attachment
         await successor.detach(attachment.port, timeout=LIMIT_S)
         assert await rig.is_free_on_server(imported.key)

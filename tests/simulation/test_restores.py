@@ -1,6 +1,7 @@
 """etcd restored from a backup: every node agrees with the API server, and no device is detached for it."""
 
 import asyncio
+import errno
 from dataclasses import replace
 
 import pytest
@@ -209,6 +210,57 @@ async def test_a_lock_of_others_that_says_of_its_device_what_was_so_at_the_backu
         await stays(c, node, device)
         assert lab.table.granted == 1
         assert all(c.note(device, n) == said.annotations[n] for n in OUTDATED)
+
+
+@stepped
+async def test_a_device_whose_port_record_cannot_be_written_again_stays_attached(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with one_stick() as (c, lab, device):
+        await c.all_healthy(device)
+        backup = c.backend.backup()
+        node = await c.taken(device)
+        node.kernel.records_failing = errno.ENOSPC
+        c.backend.restore(backup, BUMP)
+        await stays(c, node, device)
+        assert lab.table.granted == 1
+        (failure,) = [each for each in caplog.records if each.getMessage() == "port record out of date"]
+        assert "No space left" in failure.__dict__["cause"]
+
+
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("down", [False, True])
+@stepped
+async def test_a_person_may_release_a_lock_that_a_restore_has_set_back_to_an_earlier_epoch(
+    held: bool, down: bool
+) -> None:
+    """The port record names the epoch of the lock as it is now, not the later one of the attach."""
+    async with one_stick() as (c, lab, device):
+        for name in ("before", "p"):
+            await c.all_healthy(device)
+            node = c["node-a"]
+            if not held:
+                backup = c.backend.backup()
+            assert await node.admit(pod(name), "stick") is None
+            await c.noted(device, name)
+            if name == "before":
+                if held:
+                    backup = c.backend.backup()
+                node.end(pod(name))
+                await c.freed(device)
+        if down:
+            node.kill()
+        c.backend.restore(backup, BUMP)
+        if down:
+            node.start()
+        assert await c.settle(lambda: c.holder(device) == "node-a" and c.pod_of(device) == pod("p"), 10)
+        await c.becomes(node, device, healthy=True)
+        await node.stop()
+        c.release_by_hand(device)
+        node.start()
+        assert await c.settle(lambda: not node.attached(), 30)
+        assert not await c.settle(lambda: bool(node.attached()), 60)
+        assert lab.table.granted == 2
 
 
 @bumps

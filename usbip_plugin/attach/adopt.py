@@ -223,8 +223,8 @@ class Adopter:
         attributes = device_attributes(key) | pod_attributes(lock.pod) | {"usbip.adoption": verdict.name.lower()}
         with span(self._tracer, "adopt", attributes, context=remote_parent(claim.traceparent)):
             match verdict:
-                case Adoption.ADOPT:
-                    self._adopt_attached(claim)
+                case Adoption.ADOPT if port is not None:
+                    await self._adopt_attached(claim, port)
                 case Adoption.REATTACH:
                     self._tasks.book.move(claim, ClaimEvent.ORPHANED)
                     self._monitor.begin_reattach(key.id)
@@ -251,7 +251,7 @@ class Adopter:
                     "device released", extra={"device": str(claim.key), "pod": str(lock.pod) if lock.pod else None}
                 )
 
-    def _adopt_attached(self, claim: Claim) -> None:
+    async def _adopt_attached(self, claim: Claim, port: PortState) -> None:
         try:
             if claim.attachment is not None:
                 self._specs.write(claim, claim.attachment)  # the previous process may have died before it did
@@ -261,7 +261,7 @@ class Adopter:
             self._monitor.begin_reattach(claim.id)
         else:
             self._tasks.book.move(claim, ClaimEvent.ADOPTED)
-            self._monitor.check_locks(claim.id)
+            await self._monitor.check_locks(claim.id, port)
             log.info(
                 "device adopted", extra={"device": str(claim.key), "port": claim.port, "place": str(claim.location)}
             )

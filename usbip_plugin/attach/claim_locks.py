@@ -60,8 +60,12 @@ class ClaimLocks:
         return await self._locks.acquire(claim.location, meta, claimed=True, attached=attached)
 
     async def correct(self, claim: Claim) -> None:
-        """Writes to the locks of an attached device all that they record of it. Raises LockLost or LockUnavailable."""
-        for key in dict.fromkeys((claim.key, claim.location)):
+        """Writes to the locks of an attached device all that they record of it, where they record something else.
+
+        Raises LockLost or LockUnavailable.
+        """
+        locks = [(key, self._locks.locks.get(key.id)) for key in dict.fromkeys((claim.key, claim.location))]
+        for key in [key for key, lock in locks if lock is None or is_outdated(lock, claim)]:
             await self._locks.renew(key, replace(_meta(claim, key, claim.import_from), port=claim.port))
 
     async def take_back(self, claim: Claim) -> tuple[DeviceKey, ...]:

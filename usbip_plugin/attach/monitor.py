@@ -220,7 +220,8 @@ class AttachmentMonitor:
             return
         if self._loss(change.device_id, 0.0) is Loss.NONE:
             if change.listed:
-                self._correct_lock(change.device_id)
+                epochs = {lock.epoch for lock in (change.old, change.new) if lock is not None}
+                self._correct_lock(change.device_id, another_epoch=len(epochs) > 1)
             return
         self._location_lost(change.device_id, change.new)
         claim = self._tasks.book.get(change.device_id)
@@ -234,8 +235,12 @@ class AttachmentMonitor:
         self._reattacher.look_again(change.device_id)
         self.begin_withdrawal(change.device_id)
 
-    def check_locks(self, device_id: str) -> None:
-        """Checks the locks of a device that has just been adopted as a change of them is checked. Returns at once."""
+    async def check_locks(self, device_id: str, port: PortState) -> None:
+        """Checks the locks of a device that has just been adopted as a change of them is checked.
+
+        Writes them to the port record, if that has others. Begins all else, and does not wait for it.
+        """
+        await self._pipeline.note_holds(device_id, port)
         claim = self._tasks.book[device_id]
         lock = self._locks.locks.get(claim.location.id)
         if lock is None or not lock.names(self._me):
@@ -243,16 +248,22 @@ class AttachmentMonitor:
         for key in dict.fromkeys((claim.key, claim.location)):
             self._correct_lock(key.id)
 
-    def _correct_lock(self, device_id: str) -> None:
+    def _correct_lock(self, device_id: str, *, another_epoch: bool = False) -> None:
         """Begins to correct a lock of this node whose record a restore of etcd has set back. Returns at once.
 
         The next process would believe it, and release the device of a pod that the lock does not name.
+
+        another_epoch: whether the lock is of another epoch than before, so that the port record names an outdated one.
         """
         claim = self._tasks.book.get(device_id) or self._tasks.book.moved_here(device_id)
         lock = self._locks.locks.get(device_id)
-        if claim is None or lock is None or claim.state is not ClaimState.ATTACHED or not is_outdated(lock, claim):
+        if claim is None or lock is None or claim.state is not ClaimState.ATTACHED:
             return
-        log.warning("lock outdated, correcting it", extra={"device": str(claim.key)})
+        outdated = is_outdated(lock, claim)
+        if outdated:
+            log.warning("lock outdated, correcting it", extra={"device": str(claim.key)})
+        if not (outdated or another_epoch):
+            return
         self._tasks.spawn(self._correct_locks(claim), f"correct the lock of {claim.key}")
 
     async def _correct_locks(self, claim: Claim) -> None:

@@ -32,6 +32,7 @@ from usbip_plugin.errors import (
     LockHeld,
     NodesMissing,
     UsbipError,
+    VhciError,
     WrongDevice,
     WrongSerial,
 )
@@ -292,8 +293,10 @@ class Pipeline:
         """Takes the locks of a live attachment again, where they are lost, and hands the device out as it is (R6)."""
         claim = self._book[device_id]
         taken = await self._claim_locks.take_back(claim)
-        attachment = self._hand_out(device_id, now)
         port = own_port(claim.location, await self._driver.ports(), now.port) if taken else None
+        if port is not None:
+            await self.note_holds(device_id, port)
+        attachment = self._hand_out(device_id, now)
         for key in taken:
             log.warning("lock taken again, device kept attached", extra={"device": str(key)})
             self._tasks.note_port(key, now.port, now.usb_id)
@@ -302,8 +305,26 @@ class Pipeline:
         return attachment
 
     async def correct_locks(self, device_id: str) -> None:
-        """Writes to the locks of an attached device all that they record of it. Raises LockLost or LockUnavailable."""
+        """Writes to the locks of an attached device all that they record of it, and the locks to its port record.
+
+        To be called when a restore of etcd may have set a lock back. Raises LockLost or LockUnavailable.
+        """
+        await self.note_holds(device_id)
         await self._claim_locks.correct(self._book[device_id])
+
+    async def note_holds(self, device_id: str, port: PortState | None = None) -> None:
+        """Writes the locks of an attached device to its port record, if that has others. Logs a failure.
+
+        port: the device's port as it is now; None to look.
+        """
+        claim = self._book[device_id]
+        holds = self._claim_locks.holds(claim)
+        try:
+            port = port or own_port(claim.location, await self._driver.ports(), claim.port)
+            if port is not None and port.holds != holds:
+                await self._driver.note_holds(claim.location, port.number, holds)
+        except VhciError as error:
+            log.warning("port record out of date", extra={"device": str(claim.key), "cause": str(error)})
 
     async def detach_from_location(self, device_id: str) -> None:
         """Detaches the device from the claim's moved_to, releases the lock of that location (R5) and unsets moved_to.

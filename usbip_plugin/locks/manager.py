@@ -201,8 +201,10 @@ class LockManager:
     def remember(self, device_id: str, tenure: Tenure) -> None:
         """Recalls a hold of this boot from an earlier process, for a device that is still attached.
 
-        A hold that this process knows is kept if it is later, or of another Lease.
+        Does nothing if the lock names this boot now, or if this process knows a later hold or one of another Lease.
         """
+        if protocol.is_mine(self._view.lease(device_id), self._me):
+            return
         known = self._tenures.setdefault(device_id, tenure)
         if known.uid == tenure.uid and known.epoch < tenure.epoch:
             self._tenures[device_id] = tenure

@@ -127,6 +127,12 @@ class VhciDriver(Protocol):
         Raises DetachFailed after timeout (seconds), and keeps the record. If cancelled, the kernel may go on detaching.
         """
 
+    async def note_holds(self, key: DeviceKey, port: int, holds: tuple[Hold, ...]) -> None:
+        """Replaces the locks in the port record of an attached device: they were taken again since.
+
+        Does nothing if the port has no record of a plugin that names key. Raises RecordNotWritable.
+        """
+
     async def forget(self, key: DeviceKey) -> None:
         """Removes every port record that names key, which must not be attached to any port of this node."""
 

@@ -304,11 +304,11 @@ class SysfsVhci:
                 raise HubRefused(key)
             withheld = self._interfaces.withheld(key, interfaces, rules)
             if withheld:
-                self._records.mark(port, unfinished=True)
+                self._records.change(port, key, unfinished=True)
             row = self._table.one(port)
             await self._interfaces.authorize(key, row, device, interfaces, rules, withheld=withheld)
             if withheld:
-                self._records.mark(port, unfinished=False)
+                self._records.change(port, key, unfinished=False)
         except OSError as error:
             stuck = AttachStuck(f"{key} on port {port} could not be authorised: {error.strerror}")
             raise explain(error, Path(error.filename or device / "authorized"), stuck) from error
@@ -378,6 +378,13 @@ class SysfsVhci:
             raise DetachFailed(f"port {port} was not free after {timeout:g} s") from None
         if self._recorded[port] == recorded:  # otherwise the record already belongs to the next device on this port
             self._forget(port)
+
+    async def note_holds(self, key: DeviceKey, port: int, holds: tuple[Hold, ...]) -> None:
+        try:
+            if not self._foreign(self._table.one(port)):
+                self._records.change(port, key, holds=holds)
+        except OSError as error:
+            raise RecordNotWritable(str(self._records.path(port)), error) from error
 
     async def forget(self, key: DeviceKey) -> None:
         for port in self._records.ports():

@@ -28,6 +28,7 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from usbip_plugin.model import DeviceKey, Endpoint, Hold, ServerKey, Tenure, UsbId
 
@@ -167,11 +168,11 @@ class Records:
                 unfinished.unlink(missing_ok=True)
             raise
 
-    def mark(self, port: int, *, unfinished: bool) -> None:
-        """Changes whether a device is unfinished in its port's record, if there is one of a plugin. Raises OSError."""
+    def change(self, port: int, key: DeviceKey, **fields: Any) -> None:
+        """Changes fields of a port's record, if it is one of a plugin that names key. Raises OSError or ValueError."""
         record = self.read(port)
-        if record is not None and record.occupant is not None:
-            self.write(port, replace(record, unfinished=unfinished))
+        if record is not None and record.occupant is not None and record.key == key:
+            self.write(port, replace(record, **fields))
 
     def remove(self, port: int, only: DeviceKey | None = None) -> None:
         """Removes the record of a port. With `only`, keeps a record that names another device. Never raises OSError."""

@@ -85,9 +85,7 @@ class SimulatedVhci:
         if port is None:
             hub = hub_of(descriptor.speed)
             raise PortsExhausted(hub, sum(p.hub == hub for p in ports))
-        if self._kernel.records_failing is not None:
-            error = OSError(self._kernel.records_failing, os.strerror(self._kernel.records_failing))
-            raise RecordNotWritable(f"/run/vhci_hcd/port{port.number}", error)
+        self._check_writable(port.number)
         try:
             occupant = self._kernel.attach(port, descriptor, fd)
         except OSError as error:
@@ -179,6 +177,17 @@ class SimulatedVhci:
             self._kernel.free_port(port)
         self._known.pop(port, None)
         self._records.pop(port, None)
+
+    async def note_holds(self, key: DeviceKey, port: int, holds: tuple[Hold, ...]) -> None:
+        occupant = self._kernel.occupant(port)
+        if occupant is not None and not self._stale(port) and self._records.get(port) == key:
+            self._check_writable(port)
+            occupant.holds = holds
+
+    def _check_writable(self, port: int) -> None:
+        if self._kernel.records_failing is not None:
+            error = OSError(self._kernel.records_failing, os.strerror(self._kernel.records_failing))
+            raise RecordNotWritable(f"/run/vhci_hcd/port{port}", error)
 
     async def forget(self, key: DeviceKey) -> None:
         for port in [port for port, record in self._records.items() if record == key]:

@@ -76,6 +76,9 @@ class RemoteVhci:
     async def detach(self, port: int, *, timeout: float) -> None:
         await self._call(wire.Detach(port, timeout), NoneType, seconds=timeout)
 
+    async def note_holds(self, key: DeviceKey, port: int, holds: tuple[Hold, ...]) -> None:
+        await self._call(wire.NoteHolds(key, port, holds), NoneType)
+
     async def forget(self, key: DeviceKey) -> None:
         await self._call(wire.Forget(key), NoneType)
 

@@ -199,6 +199,8 @@ class _Session:
                 return wire.Inspected(None if attached is None else self._service.with_nodes(attached))
             case wire.Detach(port, timeout):
                 return await driver.detach(port, timeout=timeout)
+            case wire.NoteHolds(key, port, holds):
+                return await driver.note_holds(key, port, holds)
             case wire.Forget(key):
                 return await driver.forget(key)
             case wire.Check():

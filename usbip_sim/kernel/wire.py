@@ -102,6 +102,12 @@ class Detach(Call):
     timeout: Seconds
 
 
+class NoteHolds(Call):
+    key: DeviceKey
+    port: int
+    holds: tuple[Hold, ...]
+
+
 class Forget(Call):
     key: DeviceKey
 
@@ -110,7 +116,7 @@ class Check(Call):
     pass
 
 
-Request = Ports | Attach | Enumerate | Inspect | Detach | Forget | Check
+Request = Ports | Attach | Enumerate | Inspect | Detach | NoteHolds | Forget | Check
 
 
 class Inspected(msgspec.Struct):
