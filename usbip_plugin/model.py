@@ -375,6 +375,7 @@ class Lock:
     released_from: the pods that had the device when a person released the lock, oldest first.
     failed_epoch: the epoch of the last Allocate that failed because of the device; None since a later one succeeded.
     import_from: from where the holder imports the device, or the last holder did, as the server sees it.
+    uid: of the Lease. Epochs are only compared of one Lease: one that is created again begins anew.
     """
 
     device_id: str
@@ -399,6 +400,7 @@ class Lock:
     failed_epoch: int | None = None
     import_from: Endpoint | None = None
     released_from: tuple[PodRef, ...] = ()
+    uid: str = ""
 
     @property
     def identity(self) -> Identity:

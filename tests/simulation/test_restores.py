@@ -228,6 +228,31 @@ async def test_a_device_whose_port_record_cannot_be_written_again_stays_attached
         assert "No space left" in failure.__dict__["cause"]
 
 
+@bumps
+@stepped
+async def test_a_lease_of_an_earlier_boot_that_comes_back_after_its_deletion_is_taken_again(bump: int) -> None:
+    """Of another Lease, no epoch shows that it was set back. So the device is attached anew (R3)."""
+    async with one_stick(keepalive=True) as (c, _lab, device):
+        node = await c.taken(device)
+        node.end(pod("p"))
+        await c.freed(device)
+        await c.all_healthy(device)
+        assert await node.admit(pod("q"), "stick") is None
+        await c.noted(device, "q")
+        backup = c.backend.backup()
+        node.reboot()
+        node.start()
+        assert await c.settle(lambda: node.attached() == {device} and c.pod_of(device) == pod("q"), 30)
+        await c.becomes(node, device, healthy=True)
+        c.backend.delete(device.id, c.backend.leases[device.id].resource_version)
+        assert await c.settle(lambda: c.holder(device) == "node-a", 5)
+        c.backend.restore(backup, bump)
+        await c.becomes(node, device, healthy=False)
+        assert await c.settle(lambda: agent(node).locks.locks[device.id].boot_id == f"node-a-boot-{node.boot}", 60)
+        await c.becomes(node, device, healthy=True, within=30)
+        await stays(c, node, device, "q")
+
+
 @pytest.mark.parametrize("held", [False, True])
 @pytest.mark.parametrize("down", [False, True])
 @stepped

@@ -321,6 +321,8 @@ class AttachmentMonitor:
             holder = lock.holder if lock is not None else ""
             if claim.port is not None or holder == self._me.node:
                 return Loss.REGAIN
+        if claim is not None and claim.port is None and self._locks.is_of_earlier_boot(device_id):
+            return Loss.REGAIN  # by R3: nobody else releases such a lock
         pod = claim.pod if claim is not None else None
         return self._locks.rules.decide_loss(lock, self._me, pod, held_for, self._locks.settings.import_window)
 

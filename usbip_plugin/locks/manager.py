@@ -213,6 +213,10 @@ class LockManager:
         """Returns whether a restore of etcd has set the lock back to before this boot's hold of it (R6)."""
         return protocol.is_set_back(self._view.lease(device_id), self._me, self._tenures.get(device_id))
 
+    def is_of_earlier_boot(self, device_id: str) -> bool:
+        """Returns whether the lock names an earlier boot of this node, as far as is known (R3)."""
+        return any(lock.device_id == device_id and not lock.names(self._me) for lock in self.mine())
+
     async def acquire(
         self, key: DeviceKey, meta: LockMeta | None = None, *, claimed: bool = False, attached: bool = False
     ) -> Grant:

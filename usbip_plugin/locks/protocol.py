@@ -270,11 +270,11 @@ def shows_twin(old: Lock | None, new: Lock, me: NodeIdentity, *, listed: bool) -
     """Returns whether a change of a lock shows that another machine of this node's name is alive (R3).
 
     The kernel before a reboot takes no lock any more. A restore of etcd may bring back the lock that it had, but in no
-    later epoch, and only by a list.
+    later epoch of the same Lease, and only by a list.
     """
     if new.holder != me.node or new.boot_id in (None, me.boot_id):
         return False
-    return not listed if old is None else new.epoch > old.epoch
+    return not listed if old is None else old.uid == new.uid and new.epoch > old.epoch
 
 
 def twin_may_import(seen_for: float, import_window: float) -> bool:

@@ -221,6 +221,7 @@ def lock_of(lease: Lease) -> Lock:
         failed_epoch=int(failed) if (failed := _match(_EPOCH, notes.get(FAILED_EPOCH))) is not None else None,
         import_from=import_from_of(lease),
         released_from=released_from_of(notes.get(RELEASED_FROM)),
+        uid=lease.uid,
     )
 
 

@@ -353,6 +353,7 @@ def in_epoch(me: NodeIdentity, epoch: int) -> Lock:
         (in_epoch(OTHER, 1), in_epoch(ME, 2), True, True),
         (in_epoch(ME, 2), in_epoch(ME, 2), False, False),  # a person may have labelled it
         (in_epoch(REBOOTED, 3), in_epoch(ME, 2), False, False),  # set back by a restore
+        (in_epoch(REBOOTED, 1), replace(in_epoch(ME, 2), uid="u"), True, False),  # of a Lease that was deleted since
         (None, in_epoch(REBOOTED, 1), False, False),
         (None, in_epoch(OTHER, 1), False, False),
         (None, replace(in_epoch(ME, 1), boot_id=None), False, False),
