@@ -131,6 +131,10 @@ def also_of_an_earlier_boot(snapshot: Snapshot, key: DeviceKey, descriptor: Desc
     return needs_probe(replace(snapshot, lock_statuses=free), key, descriptor)
 
 
+async def at_once(*_arguments: object) -> None:
+    """Waits for nothing."""
+
+
 def anything(*_arguments: object) -> bool:
     return True
 
@@ -156,10 +160,12 @@ PAST: Mapping[str, Wrong] = {
     "a-lower-count-that-is-left-to-the-kubelet": patched(NodeStatusPublisher, "_lowers", below_what_was_written),
     "a-lock-of-a-bus-id-that-is-not-used-again": patched(ServerPoller, "export_state", only_a_list_with_it_counts),
     "a-lock-that-a-restore-brings-back": patched(protocol, "shows_twin", by_its_boot),
-    "a-probe-of-what-an-earlier-boot-had": patched(probe, "needs_probe", also_of_an_earlier_boot),
+    "a-probe-of-what-an-earlier-boot-had": patched(
+        probe, "needs_probe", also_of_an_earlier_boot, (DeviceTasks, "until_adopted", at_once)
+    ),
     "a-released-lock-of-a-place": patched(manager, "LockReleased", as_if_unavailable),
     "a-pod-that-a-restore-names-again": patched(
-        AttachmentMonitor, "_correct_lock", lambda *_: None, (adopt, "records_import", anything)
+        AttachmentMonitor, "_correct_lock", lambda *_, **_more: None, (adopt, "records_import", anything)
     ),
     "a-device-that-a-dead-import-has": patched(LockManager, "release", release_for_all),
     "a-count-that-waits-for-a-change": patched(KubeletPublisher, "attach", attach_silently),

@@ -34,13 +34,14 @@ from usbip_plugin.attach.monitor import PORT_CHECK_INTERVAL
 from usbip_plugin.attach.usage import ALLOCATION_GRACE, BOUND_POD_S, COMPLETED_POD_S
 from usbip_plugin.claims import ClaimState
 from usbip_plugin.config.schema import Config, OnLoss
-from usbip_plugin.errors import ClaimBusy, KubeError, KubeForbidden, KubeNotFound
+from usbip_plugin.errors import ClaimBusy, KubeError, KubeForbidden, KubeNotFound, KubeServerError
 from usbip_plugin.inventory.handover import RESET_GRACE
 from usbip_plugin.inventory.health import API_GRACE
 from usbip_plugin.kubelet.pod_resources import HINTED_INTERVAL
 from usbip_plugin.locks import record
 from usbip_plugin.locks.protocol import Rules
 from usbip_plugin.model import Attachment, DeviceKey, Reason
+from usbip_plugin.node.agent import LOCKS_WAIT
 from usbip_plugin.usbip.poller import ServerFlaw
 from usbip_sim.kubelet.device_manager import ContainerSpec
 from usbip_sim.leases import FINE, Fate, Operation
@@ -354,6 +355,36 @@ async def test_an_attachment_that_was_lost_leaves_no_port_record() -> None:
         assert set(node.kernel.records["node-a"]) == {agent(node).claims.view[device.id].port}
         node.end(pod("p"))
         assert await c.settle(lambda: not node.kernel.records["node-a"], 30), port
+
+
+@stepped
+async def test_an_allocate_before_the_adoption_does_not_get_a_lost_device_of_a_pod() -> None:
+    lab = server("lab", stick("1-1"))
+    device = key(lab, "1-1")
+    down = False
+
+    def fate(_node: str, operation: Operation) -> Fate:
+        failed = KubeServerError(operation.verb, "leases", "503")
+        return Fate(refused=failed) if down and operation.verb in ("list", "watch") else FINE
+
+    made = spec([lab], resource("stick", [lab]), resource("any", [lab]))
+    async with cluster(replace(made, faults=fate)) as c:
+        node = await c.taken(device)
+        lab.unplug("1-1")
+        await c.becomes(node, device, healthy=False)
+        node.kill()
+        lab.plug(stick("1-1"))
+        down = True
+        node.start()
+        await asyncio.sleep(LOCKS_WAIT + 1)
+        early = asyncio.create_task(c.allocate(node, device, name="any"))
+        await asyncio.sleep(1)
+        assert not early.done()
+        down = False
+        with pytest.raises(ClaimBusy):
+            await early
+        assert await c.settle(lambda: node.attached() == {device}, 30)
+        assert (c.holder(device), c.pod_of(device)) == ("node-a", pod("p"))
 
 
 @stepped

@@ -115,6 +115,7 @@ class Adopter:
         also_lost: whether to make claims, too, of devices that a pod has, or that are still attached, although their
             locks no longer name this node.
         """
+        known = self._locks.ready.is_set()
         try:
             ports = await self._driver.ports()
         except VhciError as error:
@@ -151,6 +152,8 @@ class Adopter:
                     await self._adopt_one(key, lock, ports, used, complete=complete)
         if also_lost:
             await self._forget_ended(ports)
+        if known:
+            self._tasks.set_adopted()
 
     async def _forget_ended(self, ports: Sequence[PortState]) -> None:
         """Removes the port records of attachments that ended unnoticed and whose locks no longer name this node."""

@@ -151,13 +151,15 @@ class Attacher:
         After a failure, undoes the finished steps once `answer` is set.
         """
         began = self._clock.monotonic()
-        progress = Progress("waiting for another task of this device")
+        progress = Progress("waiting for the list of all locks (API server)")
         mutex = self._tasks.mutex(wanted.key.id)
         held = False
         failure: PluginError | None = None
         try:
             try:
                 async with self._clock.timeout(max(0.0, deadline - self._clock.monotonic())):
+                    await self._tasks.until_adopted()
+                    progress.doing = "waiting for another task of this device"
                     held = await mutex.acquire()
                     outcome = await self._obtain_locked(wanted, deadline, progress)
                 self._on_outcome(wanted.key, None, self._clock.monotonic() - began)

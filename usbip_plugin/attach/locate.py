@@ -317,9 +317,10 @@ class DeviceLocator:
     async def probe(self, key: DeviceKey, descriptor: Descriptor) -> None:
         """Reads a device's serial number and interfaces under its mutex, and remembers the serial number.
 
-        Reads nothing if another call has read the device while this one waited. Raises the errors of Pipeline.probe,
-        and ClaimBusy if the device is in use on this node.
+        Waits until the previous process's devices are adopted. Reads nothing if another call has read the device while
+        this one waited. Raises the errors of Pipeline.probe, and ClaimBusy if the device is in use on this node.
         """
+        await self._tasks.until_adopted()
         called_at = self._clock.monotonic()
         async with self._tasks.mutex(key.id):
             if self._tasks.book.in_use(key.id):

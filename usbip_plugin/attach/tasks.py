@@ -52,6 +52,7 @@ class DeviceTasks:
         self._mutexes: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         self._group: asyncio.TaskGroup | None = None
         self._running = asyncio.Event()
+        self._adopted = asyncio.Event()
         self._api = Broadcast()
 
     async def run(self, main: Coroutine[object, object, None]) -> None:
@@ -69,6 +70,14 @@ class DeviceTasks:
     async def started(self) -> None:
         """Waits until run() has begun, so that spawn() accepts work."""
         await self._running.wait()
+
+    def set_adopted(self) -> None:
+        """To be called once all locks are known, and this node's have claims."""
+        self._adopted.set()
+
+    async def until_adopted(self) -> None:
+        """Waits for set_adopted(): before, a device without a claim may be that of a pod. Cancel-safe."""
+        await self._adopted.wait()
 
     def spawn(self, work: Coroutine[object, object, None], name: str) -> asyncio.Task[None]:
         """Runs work in a task of its own. Raises ClaimBusy if the plugin is being stopped."""

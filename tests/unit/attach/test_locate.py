@@ -164,6 +164,9 @@ class Unreadable:
     def in_use(self, _device_id: str) -> bool:
         return False
 
+    async def until_adopted(self) -> None:
+        pass
+
     def mutex(self, _device_id: str) -> contextlib.AbstractAsyncContextManager[None]:
         return contextlib.nullcontext()
 
