@@ -162,7 +162,8 @@ def initramfs(version: str, modules: dict[str, Module], busybox: bytes, init: by
     archive.add("dev/console", stat.S_IFCHR | 0o600, device=(5, 1))
     archive.add("bin/busybox", stat.S_IFREG | 0o755, busybox)
     archive.add("bin/sh", stat.S_IFLNK | 0o777, b"busybox")
-    archive.add("sbin/modprobe", stat.S_IFLNK | 0o777, b"../bin/busybox")
+    # absolute: the kernel runs it also when another root is mounted over this one, and then ".." is that root
+    archive.add("sbin/modprobe", stat.S_IFLNK | 0o777, b"/bin/busybox")
     archive.add("init", stat.S_IFREG | 0o755, init)
     base = f"lib/modules/{version}"
     needs, aliases = [], []

@@ -59,8 +59,6 @@ $box hostname usbip-guest
 $box mkdir -p /root/run/bin
 $box cp /bin/busybox /root/run/bin/busybox
 for name in modprobe rmmod lsmod; do $box ln -s busybox "/root/run/bin/$name"; done
-# for modules that the kernel itself asks for, as libcrc32c does for crc32c; a machine without kmod has none
-echo /run/bin/modprobe >/proc/sys/kernel/modprobe
 
 # Output goes through a virtio port: the emulated serial port is slow.
 output=/dev/ttyS0
