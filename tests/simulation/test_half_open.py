@@ -9,6 +9,7 @@ import pytest
 
 from tests.simulation.cluster_rig import SETTLE, Cluster, one_stick, pod, reason, stick, two_sticks
 from usbip_plugin.attach.half_open import FIRST_WAIT, MAX_WAIT
+from usbip_plugin.claims import ClaimState
 from usbip_plugin.errors import ServerUnreachable
 from usbip_plugin.locks.record import lock_of
 from usbip_plugin.model import DeviceKey, Endpoint, ServerKey
@@ -77,6 +78,34 @@ async def test_a_device_whose_pod_ends_during_a_cut_is_free_again() -> None:
         assert c.holder(device) == ""
         await mend(c, a, device)
         await free_again(c, device)
+
+
+@stepped
+async def test_a_lost_device_of_another_node_does_not_hide_the_port_of_a_half_open_connection() -> None:
+    """Node b has a pod whose device node a has got. When node a lets go, only node a can end its dead connection."""
+    async with one_stick() as (c, lab, device):
+        await c.all_healthy(device)
+        a, b = c["node-a"], c["node-b"]
+        assert await b.admit(pod("q"), "stick") is None
+        await c.noted(device, "q")
+        b.kill()
+        lab.drop(device.busid)
+        c.steal(device)
+        c.let_go(device)
+        await c.becomes(a, device, healthy=True, within=BACK_S)
+        assert await a.admit(pod("p"), "stick") is None
+        await c.noted(device, "p")
+        b.start()
+        await c.knows_its_pod(b, device, "q")
+        await asyncio.sleep(CUT_S)
+        assert b.held_in(ClaimState.LOST) == {device}
+        source = source_of(c, device)
+        cut(c, a, device)
+        a.end(pod("p"))
+        assert await c.settle(lambda: c.holder(device) == "", FREE_S)
+        assert not await c.settle(lambda: source_of(c, device) != source, CUT_S)
+        await mend(c, a, device)
+        await attached_again(c, b, device, FREE_S + BACK_S)
 
 
 @stepped

@@ -34,17 +34,21 @@ class ClaimLocks:
 
         Only the lock of the location names the source port.
 
-        A lock that is of another boot is acquired as for an Allocate (R2, R3, R4). Raises LockLost if another node
-        holds it, or if the claim is Lost by now: the caller decides whether its lock may be acquired again. Raises
-        LockUnavailable if another boot of this node holds it (R3).
+        A lock that is of another boot is acquired as for an Allocate (R2, R3, R4). One that names the import of another
+        node is acquired only if the server lists the device. Raises LockLost if another node holds it, or if the claim
+        is Lost by now: the caller decides whether its lock may be acquired again. Raises LockUnavailable if another
+        boot of this node holds it (R3), or the server does not list the device.
         """
         if claim.state is ClaimState.LOST:
             raise LockLost(str(claim.key), self.holder(claim.id))
         meta = _meta(claim, claim.key, import_from)
         if self.is_mine(claim.id):
             return await self._locks.renew(claim.key, meta)
+        lock = self._locks.locks.get(claim.id)
+        by_others = lock is not None and lock.import_from not in (None, import_from, claim.import_from)
+        listed = by_others and not attached
         try:
-            return await self._locks.acquire(claim.key, meta, claimed=True, attached=attached)
+            return await self._locks.acquire(claim.key, meta, claimed=True, attached=attached, listed=listed)
         except LockHeld as held:
             if held.holder == self._me.node:
                 cause = f"held by node {held.holder} {OTHER_BOOT}, and its server does not list it as free (rule R3)"

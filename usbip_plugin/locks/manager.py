@@ -218,7 +218,13 @@ class LockManager:
         return any(lock.device_id == device_id and not lock.names(self._me) for lock in self.mine())
 
     async def acquire(
-        self, key: DeviceKey, meta: LockMeta | None = None, *, claimed: bool = False, attached: bool = False
+        self,
+        key: DeviceKey,
+        meta: LockMeta | None = None,
+        *,
+        claimed: bool = False,
+        attached: bool = False,
+        listed: bool = False,
     ) -> Grant:
         """Takes the lock, or writes it once more if this boot of this node holds it already (R2, R3, R4).
 
@@ -228,7 +234,8 @@ class LockManager:
         With claimed=True, run() does not release it: the caller must, whatever the outcome of this call. Raises
         LockReleased then for a lock that a person has released (R6).
         With attached=True, the device is attached here, so that nobody else has it: a lock that was set back or left is
-        taken.
+        taken. With listed=True, a lock that nobody holds is taken only if the server lists the device: the connection
+        of its last holder may be half-open there, and only that node, from the port on the lock, can end it.
         """
         former: Lock | None = None
         tenure = self._tenures.get(key.id) if attached else None
@@ -241,6 +248,8 @@ class LockManager:
             free = record.lock_of(lease) if lease is not None and protocol.is_free(lease) else None
             if claimed and free is not None and free.stays_released(meta.pod if meta is not None else None):
                 return Denied(lease)  # a person has released it since the caller looked
+            if listed and free is not None:
+                await self._check_listed(key)
             left = protocol.is_left(lease, self._me)
             other_boot = protocol.of_another_boot(lease, self._me)
             # an import under that write may not have begun yet (R1)
@@ -280,6 +289,14 @@ class LockManager:
                 self._abandoned.pop(key.id, None)
             acquiring.set_attribute("usbip.lock.epoch", grant.epoch)
             return replace(grant, former=former)
+
+    async def _check_listed(self, key: DeviceKey) -> None:
+        if self._export_state is not None and await self._export_state(key) in (
+            ExportState.UNLISTED,
+            ExportState.UNKNOWN,
+        ):
+            cause = "the connection of its last holder may be half-open, because its server does not list the device"
+            raise LockUnavailable(str(key), cause)
 
     @contextlib.contextmanager
     def _timed(self) -> Iterator[None]:
