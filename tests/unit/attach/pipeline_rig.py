@@ -117,7 +117,13 @@ class ScriptedLocks:
             callback(LockChange(key.id, before, self.locks.get(key.id)))
 
     async def acquire(
-        self, key: DeviceKey, meta: LockMeta | None = None, *, claimed: bool = False, attached: bool = False
+        self,
+        key: DeviceKey,
+        meta: LockMeta | None = None,
+        *,
+        claimed: bool = False,
+        attached: bool = False,
+        listed: bool = False,
     ) -> Grant:
         meta = meta or LockMeta()
         self.metas.append(meta)
