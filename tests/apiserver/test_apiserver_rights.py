@@ -60,8 +60,8 @@ FOLLOWED = "the locks of other nodes are followed"
 LEASE, CORE, EVENT = "coordination.k8s.io", "", "events.k8s.io"
 # The first step that does not happen without the right, and the request that the log reports as forbidden.
 MISSED: dict[Right, tuple[str, str]] = {
-    # without the locks, devices are offered after 5 s to 15 s, and each Allocate still writes its lock
-    (LEASE, "leases", "list"): (REPORTED, "list leases.coordination.k8s.io"),
+    # without the locks, no device is offered: it may be that of a pod
+    (LEASE, "leases", "list"): (OFFERED, "list leases.coordination.k8s.io"),
     (CORE, "nodes/status", "patch"): (COUNTED, "patch nodes/status"),
     (LEASE, "leases", "create"): (ALLOCATED, "create leases.coordination.k8s.io"),
     (LEASE, "leases", "get"): (KEPT, "get leases.coordination.k8s.io"),

@@ -165,3 +165,19 @@ async def test_a_client_that_asks_without_reading_is_not_read_from() -> None:
         writer.close()
         await writer.wait_closed()
     await server.stop()
+
+
+@pytest.mark.parametrize("steps", range(6))
+async def test_a_connection_that_is_accepted_as_the_server_stops_is_closed(steps: int) -> None:
+    server = VirtualServer([ECHO])
+    await server.start()
+    with socket.create_connection((server.key.host, server.key.port)) as client:
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        await server.stop()
+        await server.start()  # at the same port
+        await server.stop()
+        client.setblocking(False)
+        with contextlib.suppress(ConnectionResetError):
+            async with asyncio.timeout(LIMIT_S):
+                assert await asyncio.get_running_loop().sock_recv(client, 1) == b""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 
 from usbip_plugin.context import NodeContext
@@ -50,8 +51,13 @@ class Conditions:
 
     @property
     def api(self) -> ApiStatus:
-        """Returns whether the API server is reachable now and, if not, for how long it has been unreachable."""
+        """Returns whether the API server is reachable now and, if not, for how long it has been unreachable.
+
+        That is for ever until all locks have been read: before, a device may be that of a pod.
+        """
         api = self._locks.api
+        if not self._locks.ready.is_set():
+            return ApiStatus(math.inf, api.error or "the locks have not been read yet")
         return ApiStatus(None if api.reachable else self._clock.monotonic() - api.since, api.error or "")
 
     async def run(self) -> None:
@@ -64,6 +70,8 @@ class Conditions:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._watch_ports(), name="free ports")
                 tasks.create_task(self._watch_api(), name="API grace")
+                await self._locks.ready.wait()
+                self._on_change()
         finally:
             for unsubscribe in undo:
                 unsubscribe()

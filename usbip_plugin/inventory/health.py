@@ -107,6 +107,8 @@ def health(snapshot: Snapshot, offered: OfferedDevice, resource: str) -> Health:
         view = snapshot.servers.get(offered.key.server)
         only = "; its server lists devices in use, so it is not taken over" if view and view.lists_in_use else ""
         return Health(Reason.HELD_ELSEWHERE, _held_by(lock) + only)
+    if status is LockStatus.MINE:
+        return Health(Reason.IN_PROGRESS, "this node holds its lock: it is being adopted or read")
     if snapshot.api.unreachable_for is not None and snapshot.api.unreachable_for >= API_GRACE:
         return Health(Reason.API_UNREACHABLE, snapshot.api.error)
     if snapshot.driver.error is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import sys
 from collections.abc import Coroutine, Iterable
 
@@ -16,6 +17,7 @@ from usbip_plugin.usbip.connect import set_options
 from usbip_sim.server.exports import ExportTable
 from usbip_sim.server.usbdevice import Transfers, VirtualDevice
 
+_BACKLOG = 100  # connections that wait to be accepted
 RESET_TIME = 0.3  # seconds that a device is busy after its importer has gone, as measured on usbip-host
 _CLOSE_TIMEOUT = 5.0
 _NO_MORE = sys.maxsize  # bytes for which a connection waits that must not go on yet
@@ -55,7 +57,7 @@ class VirtualServer:
         self.connections = 0
         self.running = False
         self.frozen = False
-        self._listener: asyncio.Server | None = None
+        self._listener: socket.socket | None = None
         self._open: dict[ServerConnection, None] = {}
         self._closed, self._thawed = Broadcast(), Broadcast()
 
@@ -81,19 +83,35 @@ class VirtualServer:
     def is_fenced(self) -> bool:
         return not isinstance(self.gate, OpenGate)
 
-    def spawn(self, work: Coroutine[object, object, None]) -> None:
+    def spawn(self, work: Coroutine[object, object, None]) -> asyncio.Task[None]:
         """Runs work as a task of the server, until it stops."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def start(self) -> None:
         """Starts to answer, on the same port as before. Idempotent."""
         if self._listen and self._listener is None:
-            loop = asyncio.get_running_loop()
-            self._listener = await loop.create_server(lambda: ServerConnection(self), self._host, self._port)
-            self._port = self._listener.sockets[0].getsockname()[1]
+            family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
+            self._listener = socket.create_server((self._host, self._port), family=family, backlog=_BACKLOG)
+            self._listener.setblocking(False)
+            self._port = self._listener.getsockname()[1]
+            asyncio.get_running_loop().add_reader(self._listener, self._accept, self._listener)
         self.running = True
+
+    def _accept(self, listener: socket.socket) -> None:
+        """Accepts a connection. An asyncio.Server would not close one that it accepts just before it is closed."""
+        try:
+            sock, _ = listener.accept()
+        except OSError:  # the client has hung up
+            return
+        sock.setblocking(False)
+        task = self.spawn(self._begin(sock))
+        task.add_done_callback(lambda task: sock.close() if task.cancelled() else None)
+
+    async def _begin(self, sock: socket.socket) -> None:
+        await asyncio.get_running_loop().connect_accepted_socket(lambda: ServerConnection(self), sock)
 
     async def stop(self) -> None:
         """Ends every connection and refuses new ones. Waits until every connection has ended.
@@ -112,6 +130,7 @@ class VirtualServer:
         self.running = False
         self.thaw()
         if self._listener is not None:
+            asyncio.get_running_loop().remove_reader(self._listener)
             self._listener.close()
             self._listener = None
         for task in tuple(self._tasks):
