@@ -377,6 +377,7 @@ async def test_an_allocate_before_the_adoption_does_not_get_a_lost_device_of_a_p
         down = True
         node.start()
         await asyncio.sleep(LOCKS_WAIT + 1)
+        assert reason(node, device) is Reason.API_UNREACHABLE
         early = asyncio.create_task(c.allocate(node, device, name="any"))
         await asyncio.sleep(1)
         assert not early.done()

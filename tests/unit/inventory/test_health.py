@@ -58,6 +58,7 @@ def health_of(now: Snapshot) -> Health:
         ),
         (snapshot(servers={LAB: view()}, released=frozenset({KEY.id})), Reason.FREE, ""),
         (snapshot(**held("node-a", LockStatus.OTHER_BOOT)), Reason.FREE, ""),
+        (snapshot(**held("node-a", LockStatus.MINE)), Reason.IN_PROGRESS, "this node holds its lock"),
         (
             snapshot(**claim(ClaimState.LOST) | held("node-a", LockStatus.OTHER_BOOT)),
             Reason.LOCK_LOST,
