@@ -221,6 +221,8 @@ class Chaos:
         self.calm = True
         for key in list(self._ends):
             self._end(key)
+        for node in self.cluster.nodes.values():
+            node.kernel.attach_well()
 
     def during(self, action: Action, key: Key, begin: Callable[[], object], end: Callable[[], object]) -> bool:
         """Begins a fault and ends it when the action has lasted. A fault that lasts already is prolonged."""

@@ -126,6 +126,11 @@ class SimulatedKernel:
         """Gives the next attached device another vendor:product than its server reports."""
         self._impostors.append(usb_id)
 
+    def attach_well(self) -> None:
+        """Forgets what was to happen to the next attached devices."""
+        self._stuck = self._refusals = 0
+        self._impostors.clear()
+
     def fill_ports(self, hub: Hub | None = None, leave: int = 0) -> tuple[int, ...]:
         """Fills all free ports (of one hub) except `leave` with devices of another user, and returns their numbers."""
         free = [port for port in self.ports() if port.status is PortStatus.NULL and hub in (None, port.hub)]
