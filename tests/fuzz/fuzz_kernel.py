@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.fuzz.fuzz_target import Target, attempt, fit_to_show
 from tests.rigs.vhci_fake_sysfs import raw_descriptors
 from usbip_plugin.errors import VhciError
-from usbip_plugin.model import DeviceKey, InterfaceClass, ServerKey
+from usbip_plugin.model import DeviceKey, Endpoint, Hold, InterfaceClass, ServerKey, Tenure, UsbId
 from usbip_plugin.vhci import devices, hubs, sysfs, uevents
 from usbip_plugin.vhci.children import expected_nodes
 from usbip_plugin.vhci.devices import read_attributes
@@ -164,8 +164,10 @@ def _devices() -> Iterable[bytes]:
 
 
 def _records() -> Iterable[bytes]:
-    key = DeviceKey(ServerKey("10.0.0.1"), "1-2")
-    return [format_record(Record(key, occupant)).encode() for occupant in (None, (65538, 7))]
+    key, former = DeviceKey(ServerKey("10.0.0.1"), "1-2"), DeviceKey(ServerKey("10.0.0.1"), "1-1")
+    holds = (Hold(former, Tenure("2d1f5f0a", 12)), Hold(key, Tenure("7f0f6c1c", 1)))
+    whole = Record(key, (65538, 7), Endpoint("10.0.0.7", 40123), False, UsbId(0x0951, 0x1666), holds)
+    return [format_record(made).encode() for made in (Record(key), Record(key, (65538, 7)), whole)]
 
 
 TARGETS = (
@@ -175,8 +177,8 @@ TARGETS = (
     Target(
         "record",
         record,
-        lambda: (format_record(Record(DeviceKey(ServerKey("10.0.0.1"), "1-2"), (65538, 7))).encode(),),
-        1300,
+        _records,
+        MAX_RECORD + 100,
     ),
     Target(
         "port-files",
