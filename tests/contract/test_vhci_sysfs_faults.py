@@ -38,7 +38,7 @@ from usbip_plugin.errors import (
     WrongDevice,
     WrongSerial,
 )
-from usbip_plugin.model import HUB_CLASS, Attachment, Descriptor, DeviceKey, InterfaceClass, Reason, UsbId
+from usbip_plugin.model import HUB_CLASS, Attachment, Descriptor, DeviceKey, Hold, InterfaceClass, Reason, Tenure, UsbId
 from usbip_plugin.node.check import Outcome, driver_findings
 from usbip_plugin.sync import RECHECK_S, Broadcast
 from usbip_plugin.vhci import sysfs
@@ -89,6 +89,14 @@ class TestAttachWrite:
         mark = f"{TWINS[0].devid} {rig.sysfs.rows[port].sockfd}"
         text = f"192.0.2.1 3240 {TWINS[0].busid}\n{mark}\nversion=2 usb-id={TWINS[0].usb_id}\n"
         assert [found[f"port{port}"] for found in seen] == [text]
+
+    async def test_a_lock_that_a_record_cannot_hold_leaves_the_record_as_it_is(self, rig: FakeSysfsRig) -> None:
+        driver = rig.plugin()
+        port = await attach(rig, driver)
+        before = records(rig)
+        with pytest.raises(RecordNotWritable, match="cannot be written as a port record"):
+            await driver.note_holds(KEYS[0], port, (Hold(KEYS[0], Tenure("two words", 1)),))
+        assert records(rig) == before
 
     async def test_a_port_taken_in_between_is_replaced_by_another(self, rig: FakeSysfsRig) -> None:
         rig.sysfs.before_attach = taken_by_another(rig, 0)

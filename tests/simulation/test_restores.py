@@ -74,8 +74,11 @@ async def test_a_lock_that_is_its_former_holders_again_is_released_by_it_and_the
 
 
 @bumps
+@pytest.mark.parametrize("restarted", [False, True])
 @stepped
-async def test_a_lock_that_is_an_earlier_boots_again_is_taken_again_and_the_device_stays_attached(bump: int) -> None:
+async def test_a_lock_that_is_an_earlier_boots_again_is_taken_again_and_the_device_stays_attached(
+    bump: int, restarted: bool
+) -> None:
     notices: list[DeviceEvent] = []
     async with one_stick(keepalive=True, notices=notices) as (c, lab, device):
         node = await c.taken(device)
@@ -84,7 +87,11 @@ async def test_a_lock_that_is_an_earlier_boots_again_is_taken_again_and_the_devi
         node.start()
         assert await c.settle(lambda: node.attached() == {device} and c.pod_of(device) == pod("p"), 30)
         await c.becomes(node, device, healthy=True)
+        if restarted:
+            node.kill()
         c.backend.restore(backup, bump)
+        if restarted:
+            node.start()
         await stays(c, node, device)
         assert lab.table.granted == 2, "one import before the reboot, and one after it"
         assert EventKind.LOCK_LOST not in [notice.what for notice in notices]
@@ -170,24 +177,6 @@ async def test_a_lock_that_says_of_its_device_what_was_so_at_the_backup_is_corre
         assert lab.table.granted == 1
         known_from_kubelet = down and changes.keys() == {record.POD}
         assert caplog.messages.count("lock outdated, correcting it") == (0 if known_from_kubelet else 1)
-
-
-@bumps
-@stepped
-async def test_a_lock_that_is_an_earlier_boots_again_is_taken_again_by_the_next_process(bump: int) -> None:
-    async with one_stick(keepalive=True) as (c, lab, device):
-        node = await c.taken(device)
-        backup = c.backend.backup()
-        node.reboot()
-        node.start()
-        assert await c.settle(lambda: node.attached() == {device} and c.pod_of(device) == pod("p"), 30)
-        await c.becomes(node, device, healthy=True)
-        node.kill()
-        c.backend.restore(backup, bump)
-        node.start()
-        await c.becomes(node, device, healthy=True, within=30)
-        await stays(c, node, device)
-        assert lab.table.granted == 2, "one import before the reboot, and one after it"
 
 
 @bumps

@@ -215,7 +215,8 @@ class LockManager:
 
     def is_of_earlier_boot(self, device_id: str) -> bool:
         """Returns whether the lock names an earlier boot of this node, as far as is known (R3)."""
-        return any(lock.device_id == device_id and not lock.names(self._me) for lock in self.mine())
+        lease, lock = self._view.lease(device_id), self.locks.get(device_id)
+        return protocol.of_another_boot(lease, self._me) and lock is not None and lock.boot_id not in self._twins
 
     async def acquire(
         self,

@@ -385,6 +385,8 @@ class SysfsVhci:
                 self._records.change(port, key, holds=holds)
         except OSError as error:
             raise RecordNotWritable(str(self._records.path(port)), error) from error
+        except ValueError as error:  # the API server gave a Lease a uid that a record cannot hold
+            raise RecordNotWritable(str(self._records.path(port)), OSError(errno.EINVAL, str(error))) from error
 
     async def forget(self, key: DeviceKey) -> None:
         for port in self._records.ports():
