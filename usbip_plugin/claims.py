@@ -171,6 +171,11 @@ class Claim:
         return self.moved_to or self.key
 
     @property
+    def locked(self) -> tuple[DeviceKey, ...]:
+        """The keys of the claim's locks: that of its device and, if the device has moved, that of its location."""
+        return (self.key,) if self.location == self.key else (self.key, self.location)
+
+    @property
     def extra_timeout(self) -> float:
         """Seconds by which childrenTimeout lets an attach take longer than usual."""
         return max(0.0, self.children_timeout - DEFAULT_CHILDREN_TIMEOUT_S)

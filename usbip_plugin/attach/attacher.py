@@ -195,10 +195,10 @@ class Attacher:
             )
             self._specs.write(live, attachment)
             self._book.put(live)
-            for location in dict.fromkeys((live.key, live.location)):
-                lock = self._locks.locks.get(location.id)
+            for key in live.locked:
+                lock = self._locks.locks.get(key.id)
                 if lock is not None and lock.pod is not None:
-                    self._tasks.spawn(self._tasks.note_pod(location, None), f"note another pod of {location}")
+                    self._tasks.spawn(self._tasks.note_pod(key, None), f"note another pod of {key}")
             allocate = trace.get_current_span()
             allocate.set_attribute("usbip.reused", value=True)
             for link in links_to(live.traceparent):

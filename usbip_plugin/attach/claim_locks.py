@@ -68,13 +68,13 @@ class ClaimLocks:
 
         Raises LockLost or LockUnavailable.
         """
-        locks = [(key, self._locks.locks.get(key.id)) for key in dict.fromkeys((claim.key, claim.location))]
+        locks = [(key, self._locks.locks.get(key.id)) for key in claim.locked]
         for key in [key for key, lock in locks if lock is None or is_outdated(lock, claim)]:
             await self._locks.renew(key, replace(_meta(claim, key, claim.import_from), port=claim.port))
 
     async def take_back(self, claim: Claim) -> tuple[DeviceKey, ...]:
         """Takes those locks of an attached device again that no longer name this node (R6). Returns which."""
-        taken = tuple(key for key in dict.fromkeys((claim.key, claim.location)) if not self.is_mine(key.id))
+        taken = tuple(key for key in claim.locked if not self.is_mine(key.id))
         if claim.key in taken:
             await self.write_again(claim, claim.import_from, attached=True)
         if claim.moved_to in taken:
@@ -132,8 +132,8 @@ class ClaimLocks:
 
     def holds(self, claim: Claim) -> tuple[Hold, ...]:
         """Returns this boot's holds of the claim's locks, that of its device first; none if one is not known."""
-        tenures = {key: self._locks.tenure(key.id) for key in (claim.key, claim.location)}
-        holds = tuple(Hold(key, tenure) for key, tenure in tenures.items() if tenure is not None and tenure.uid)
+        tenures = [(key, self._locks.tenure(key.id)) for key in claim.locked]
+        holds = tuple(Hold(key, tenure) for key, tenure in tenures if tenure is not None and tenure.uid)
         return holds if len(holds) == len(tenures) else ()
 
     def is_mine(self, device_id: str) -> bool:

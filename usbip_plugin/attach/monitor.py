@@ -245,7 +245,7 @@ class AttachmentMonitor:
         lock = self._locks.locks.get(claim.location.id)
         if lock is None or not lock.names(self._me):
             self._location_lost(claim.location.id, lock)
-        for key in dict.fromkeys((claim.key, claim.location)):
+        for key in claim.locked:
             self._correct_lock(key.id)
 
     def _correct_lock(self, device_id: str, *, another_epoch: bool = False) -> None:

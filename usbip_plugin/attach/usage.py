@@ -183,7 +183,7 @@ class UsageTracker:
         if after != claim:
             self._book.put(after)
         if after.pod is not None and after.pod != claim.pod:
-            for key in dict.fromkeys((claim.key, claim.location)):
+            for key in claim.locked:
                 self._tasks.spawn(self._tasks.note_pod(key, after.pod), f"note pod {after.pod}")
             # `kubectl describe pod` does not show an Event without the pod's uid, so the Event waits for it
             if after.pod.uid is not None and not (claim.pod and claim.pod.uid and same_pod(claim.pod, after.pod)):
