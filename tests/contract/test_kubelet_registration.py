@@ -210,8 +210,8 @@ class TestRegistration(Registration):
         async with FakeKubelet(short_tmp) as kubelet:
             kubelet._endpoints[STORAGE] = {short_tmp / "usbip-storage.sock": None}  # type: ignore[dict-item]
             async with node(short_tmp) as n:
-                n.server.publish(advertised(a=Reason.FREE))
-                await sees(kubelet, a=True)
+                await n.offer(kubelet)
+                await n.reaches(RegistrationState.REGISTERED)  # the kubelet reads the list before it answers Register
                 assert n.plugins[STORAGE].registrations == 1
 
     async def test_resources_register_side_by_side(self, short_tmp: Path) -> None:
@@ -296,7 +296,7 @@ class TestRegistration(Registration):
                     gone = [path for path in left if path.name not in used]
                     assert len(gone) == len(left) - 1
                     await watch.changed.until(lambda: not any(path.exists() for path in gone))
-                assert plugin.registered
+                    await changed.until(lambda: plugin.registered)
                 assert plugin.registrations == 1, "its own socket is not removed"
                 assert kubelet.connected(STORAGE)
             assert others.exists()
