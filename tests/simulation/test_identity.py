@@ -17,6 +17,7 @@ from tests.simulation.cluster_rig import (
     carry,
     cluster,
     detail,
+    dongle,
     key,
     offered,
     pod,
@@ -306,6 +307,53 @@ async def test_after_a_reboot_a_pod_has_its_own_stick_and_not_one_that_was_read_
         assert not await c.settle(lambda: bool(node.held_in(ClaimState.ATTACHED)), 60)
         replug(lab, stick("1-1", "RED"))
         assert await c.settle(lambda: node.held_in(ClaimState.ATTACHED) == {device}, POLLED)
+
+
+async def _is_gone(lab: VirtualServer) -> None:
+    lab.unplug("1-1")
+
+
+async def _is_another_stick(lab: VirtualServer) -> None:
+    replug(lab, stick("1-1", "BLUE"))
+
+
+async def _is_a_dongle(lab: VirtualServer) -> None:
+    replug(lab, dongle("1-1", "RED"))
+
+
+async def _has_two_twins(lab: VirtualServer) -> None:
+    replug(lab, stick("1-1", "BLUE"))
+    lab.plug(stick("1-2", "RED"))
+    lab.plug(stick("1-3", "RED"))
+
+
+AWAY = {
+    "gone": _is_gone,
+    "another stick": _is_another_stick,
+    "another USB ID": _is_a_dongle,
+    "ambiguous": _has_two_twins,
+    "server down": VirtualServer.stop,
+}
+
+
+@pytest.mark.parametrize("away", AWAY)
+@stepped
+async def test_a_pod_that_waits_for_its_stick_has_the_lock_again_once_it_is_free(away: str) -> None:
+    async with offered(stick("1-1", "RED")) as (c, lab, [device]):
+        node = await c.taken(device)
+        assert await c.settle(lambda: c.note(device, record.SERIAL) == "RED", POLLED)
+        await AWAY[away](lab)
+        assert await c.settle(lambda: node.held_in(ClaimState.REATTACHING) == {device}, POLLED)
+        await asyncio.sleep(POLLED)
+        for _ in range(2):
+            c.steal(device)
+            assert await c.settle(lambda: node.held_in(ClaimState.LOST) == {device}, POLLED)
+            c.mislead(device, "BLUE")
+            c.let_go(device)
+            assert await c.settle(lambda: c.holder(device) == node.name, POLLED)
+            assert c.note(device, record.SERIAL) == "RED"
+        assert not node.attached()
+        assert c.note(device, record.POD) is not None
 
 
 @stepped

@@ -263,6 +263,17 @@ class Pipeline:
                 grant = replace(second, import_deadline=min(grant.import_deadline, second.import_deadline))
             return await self._attach(device_id, grant, source, deadline, Progress(""), wait_for_list=wait_for_list)
 
+    async def take_lock_again(self, device_id: str) -> None:
+        """Takes the lock of a Reattaching claim again if it no longer names this node, before its device can be found.
+
+        Otherwise another node may take it, and write the serial number of the device that is at this bus ID now. Then
+        nothing says after a reboot which device the pod had. Raises the errors of reattach().
+        """
+        claim = self._book[device_id]
+        if not self._claim_locks.is_mine(device_id):
+            with contextlib.closing(await self._bind(claim.location, claim)) as source:
+                await self._claim_locks.write_again(claim, source.endpoint)
+
     async def _bind(self, location: DeviceKey, claim: Claim | None = None) -> Source:
         """Binds the source port for an import from this location, before the lock that names it is written (R1).
 

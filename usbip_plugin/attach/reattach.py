@@ -289,6 +289,7 @@ class Reattacher:
                 cause = error
             found = self._locate(device_id, cause)
         if found is None or self._tasks.mutex(found.id).locked():
+            await self._pipeline.take_lock_again(device_id)
             raise cause
         # from here on a lock on that bus ID belongs to this claim, even if the task that acquires it fails
         self._tasks.book.put(replace(self._tasks.book[device_id], moved_to=found))
