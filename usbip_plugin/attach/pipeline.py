@@ -264,10 +264,10 @@ class Pipeline:
             return await self._attach(device_id, grant, source, deadline, Progress(""), wait_for_list=wait_for_list)
 
     async def take_lock_again(self, device_id: str) -> None:
-        """Takes the lock of a Reattaching claim again if it no longer names this node, before its device can be found.
+        """Takes the lock of a Reattaching claim again if it no longer names this node. The device may be away.
 
-        Otherwise another node may take it, and write the serial number of the device that is at this bus ID now. Then
-        nothing says after a reboot which device the pod had. Raises the errors of reattach().
+        Otherwise another node may read the device that is at this bus ID now, and write its serial number to the lock:
+        after a reboot nothing would say which device the pod had. Raises the errors of reattach().
         """
         claim = self._book[device_id]
         if not self._claim_locks.is_mine(device_id):
