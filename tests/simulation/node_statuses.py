@@ -104,12 +104,12 @@ def _counts(node: ClusterNode, resource: str) -> tuple[int, int]:
 
 
 def _can_write(node: ClusterNode) -> bool:
-    """Returns whether no fault keeps the plugin from writing to its Node."""
+    """Returns whether the plugin is not ending, and no fault keeps it from writing to its Node."""
     agent, process, api = node.agent, node.process, node.status_api
     if agent is None or agent.node_status is None or process is None or process.halted or api is None:
         return False
     # an older patch may arrive last; only the kubelet corrects it
-    hindered = node.partitioned or node.object.overtaken or api.hindered
+    hindered = node.ending or node.partitioned or node.object.overtaken or api.hindered
     return not hindered and agent.node_status.last_error is None
 
 

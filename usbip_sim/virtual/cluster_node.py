@@ -162,6 +162,11 @@ class ClusterNode:
         if task.done() and not task.cancelled():
             task.result()
 
+    @property
+    def ending(self) -> bool:
+        """Returns whether the agent runs and was told to end, by terminate() or stop()."""
+        return self._task is not None and self._task.cancelling() > 0
+
     def terminate(self, over: Callable[[bool], None]) -> None:
         """Sends the agent, if one runs, a SIGTERM without waiting for its end.
 
