@@ -81,6 +81,24 @@ async def test_a_device_whose_pod_ends_during_a_cut_is_free_again() -> None:
 
 
 @stepped
+async def test_a_lock_that_a_person_releases_during_a_cut_does_not_make_its_device_free() -> None:
+    async with one_stick() as (c, _lab, device):
+        a, b = await c.taken(device), c["node-b"]
+        source = source_of(c, device)
+        cut(c, a, device)
+        a.silence(silent=True)
+        await asyncio.sleep(CUT_S)
+        c.release_by_hand(device)
+        assert not await c.settle(lambda: c.health(b)[device.id], CUT_S)
+        a.silence(silent=False)
+        await asyncio.sleep(SETTLE)
+        assert source_of(c, device) == source
+        await mend(c, a, device)
+        await c.becomes(b, device, healthy=True, within=FREE_S)
+        assert await b.admit(pod("q"), "stick") is None
+
+
+@stepped
 async def test_a_lost_device_of_another_node_does_not_hide_the_port_of_a_half_open_connection() -> None:
     """Node b has a pod whose device node a has got. When node a lets go, only node a can end its dead connection."""
     async with one_stick() as (c, lab, device):

@@ -86,7 +86,7 @@ class HandoverTracker:
     def lock_changed(self, change: LockChange) -> None:
         """Notes a device that another node has taken or written, or that its holder has released.
 
-        Not one that was left under a boot: its holder has not detached it (R3).
+        Not one that was left under a boot, or that a person has released: its holder has not detached it (R3, R6).
         """
         self._note_attached(change)
         if change.old != change.new and change.holder not in ("", self._me):
@@ -96,7 +96,7 @@ class HandoverTracker:
             server = key.server if key is not None else None
             if server is not None:
                 self._poller.poll_soon(server)
-            if self._put_last(self._released.setdefault(server, {}), change.device_id):
+            if not change.new.by_hand and self._put_last(self._released.setdefault(server, {}), change.device_id):
                 self._spawn(self._after_releases(server))
 
     def _note_attached(self, change: LockChange) -> None:
