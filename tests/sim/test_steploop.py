@@ -133,6 +133,18 @@ async def test_a_host_freezes_with_all_its_processes() -> None:
 
 
 @stepped
+async def test_a_process_that_starts_on_a_frozen_host_runs_when_the_host_does() -> None:
+    host = Process(loop_of(), "host")
+    host.freeze()
+    late = Ticker("late", host)
+    await asyncio.sleep(5)
+    assert late.process.halted_time() == 5
+    host.thaw()
+    await asyncio.sleep(1.5)
+    assert late.ticks == [6]
+
+
+@stepped
 async def test_after_a_freeze_data_is_handled_before_timers() -> None:
     """Real event loops poll for I/O before they check timers."""
     process = Process(loop_of(), "p")

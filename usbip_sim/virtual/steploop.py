@@ -62,6 +62,7 @@ class Process:
         loop.processes.append(self)
         if host is not None:
             host._guests.append(self)  # noqa: SLF001
+            self._update_halted()
 
     def freeze(self) -> None:
         """Stops every callback of the process, as SIGSTOP does. Due timers and deliveries wait for thaw()."""
