@@ -99,7 +99,7 @@ class MemoryBackend:
         self._highest = 1  # of all versions so far
         self._compacted = 0
         self.restores = 0
-        """Number of restores so far. Each breaks every watch."""
+        """Number of restores so far. Each breaks every watch and every call under way."""
         self._history: list[_Change] = []
         self._length = history
         self.changed = Broadcast()
@@ -123,6 +123,8 @@ class MemoryBackend:
 
     def restore(self, backup: Backup, bump: int = 0) -> None:
         """Replaces all Leases by those of a backup, which have their old versions then. Does not call `on_write`.
+
+        Ends every watch and call under way: the API server restarts.
 
         bump: as --bump-revision of `etcdutl snapshot restore`: the store's own version rises by so much. With 0 it goes
             back to that of the backup. No later write gets a version that a Lease has had before: in a cluster, other
@@ -340,16 +342,27 @@ class MemoryLeases:
             watcher.broken = True
 
     async def _call(self, verb: str, name: str, act: Callable[[], T]) -> T:
-        fate = self._faults(Operation(self._node, verb, name))
-        return await carry(verb, RESOURCE, act, fate, self._clock, self._network)
+        fate, restores = self._faults(Operation(self._node, verb, name)), self._backend.restores
+        return await carry(
+            verb, RESOURCE, act, fate, self._clock, self._network, lambda: self._backend.restores != restores
+        )
 
 
-async def carry(verb: str, resource: str, act: Callable[[], T], fate: Fate, clock: Clock, network: Context) -> T:
+async def carry(
+    verb: str,
+    resource: str,
+    act: Callable[[], T],
+    fate: Fate,
+    clock: Clock,
+    network: Context,
+    cut: Callable[[], bool] = lambda: False,
+) -> T:
     """Sends one call to a simulated API server and returns the result of act(), which runs when the call arrives.
 
     Raises the error in fate, the KubeError that act() raises, or KubeUnreachable after CALL_TIMEOUT_S.
 
     network: a context of no process: a request arrives even if its sender is frozen or dead.
+    cut: whether the connection has ended, asked when the answer arrives. KubeUnreachable is raised then.
     """
     if fate.refused is not None:
         raise fate.refused
@@ -366,9 +379,17 @@ async def carry(verb: str, resource: str, act: Callable[[], T], fate: Fate, cloc
         else:
             reply(answer.set_result, result)
 
+    def deliver(settle: Callable[[Any], None], value: Any) -> None:
+        if answer.done():
+            return
+        if cut():
+            answer.set_exception(KubeUnreachable(verb, resource, "the connection was cut"))
+        else:
+            settle(value)
+
     def reply(settle: Callable[[Any], None], value: Any) -> None:
         if fate.lost is not Lost.RESPONSE:
-            loop.call_later(fate.response, lambda: None if answer.done() else settle(value), context=network)
+            loop.call_later(fate.response, deliver, settle, value, context=network)
 
     # Not a task of the caller: a request arrives even if its sender has gone.
     if fate.lost is not Lost.REQUEST:

@@ -68,6 +68,19 @@ async def test_a_cut_ends_open_watches_and_only_these() -> None:
 
 
 @virtual
+async def test_a_restore_ends_the_calls_under_way_and_no_later_ones() -> None:
+    """A list of an API server that is gone would never bring what was restored: a watch from its version may go on."""
+    backend = MemoryBackend()
+    leases, backup = store(backend, always(Fate(response=2.0))), backend.backup()
+    under_way = asyncio.create_task(leases.list({}))
+    await asyncio.sleep(1)
+    backend.restore(backup)
+    with pytest.raises(KubeUnreachable):
+        await under_way
+    assert (await leases.list({})).items == ()
+
+
+@virtual
 async def test_a_swallowed_event_makes_the_watch_silent_until_it_is_given_up() -> None:
     backend = MemoryBackend()
     leases = store(backend, lambda o: Fate(lost=Lost.RESPONSE) if o.verb == "event" else FINE)
