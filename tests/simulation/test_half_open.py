@@ -81,6 +81,23 @@ async def test_a_device_whose_pod_ends_during_a_cut_is_free_again() -> None:
 
 
 @stepped
+async def test_a_device_whose_pod_ends_during_a_cut_is_not_free_before_the_server_lists_it() -> None:
+    """Regression: another node took it at once, and hid the port of the connection that only the first node can end."""
+    async with one_stick() as (c, _lab, device):
+        a, b = await c.taken(device), c["node-b"]
+        source = source_of(c, device)
+        cut(c, a, device)
+        await asyncio.sleep(CUT_S)
+        a.end(pod("p"))
+        assert await c.settle(lambda: c.holder(device) == "", SETTLE)
+        assert not await c.settle(lambda: c.health(b)[device.id], CUT_S)
+        assert source_of(c, device) == source
+        await mend(c, a, device)
+        await c.becomes(b, device, healthy=True, within=FREE_S)
+        assert await b.admit(pod("q"), "stick") is None
+
+
+@stepped
 async def test_a_lock_that_a_person_releases_during_a_cut_does_not_make_its_device_free() -> None:
     async with one_stick() as (c, _lab, device):
         a, b = await c.taken(device), c["node-b"]

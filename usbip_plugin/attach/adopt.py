@@ -233,9 +233,7 @@ class Adopter:
                     self._monitor.begin_reattach(key.id)
                 case Adoption.RELEASE:
                     self._tasks.book.move(claim, ClaimEvent.UNUSED)
-                    # the earlier process may have died while it imported the device
-                    left = attachment is None and claim.import_from is not None
-                    release = self._releaser.finish_locked(key.id, ClaimState.RELEASING, left=left)
+                    release = self._releaser.finish_locked(key.id, ClaimState.RELEASING)
                     self._tasks.spawn(release, f"release {key}")
 
     async def _release_earlier(self, claim: Claim) -> None:

@@ -337,16 +337,25 @@ class Pipeline:
         except VhciError as error:
             log.warning("port record out of date", extra={"device": str(claim.key), "cause": str(error)})
 
-    async def detach_from_location(self, device_id: str) -> None:
+    async def detach_from_location(self, device_id: str, *, detached: bool = False) -> None:
         """Detaches the device from the claim's moved_to, releases the lock of that location (R5) and unsets moved_to.
 
         Does nothing if moved_to is None. Raises VhciError or LockUnavailable; moved_to stays as it is then.
+
+        detached: whether detach() has freed the claim's port already.
         """
         location = self._book[device_id].moved_to
         if location is not None:
-            await self.detach(device_id)
-            await self._locks.release(location)
+            detached = await self.detach(device_id) or detached
+            await self._locks.release(location, left=self.is_left(device_id, detached=detached))
             self._book.put(replace(self._book[device_id], moved_to=None))
+
+    def is_left(self, device_id: str, *, detached: bool) -> bool:
+        """Returns whether the server may still export the device to a dead connection, see LockManager.release().
+
+        detached: whether the device was detached here just now, which ends its connection.
+        """
+        return not detached and self._book[device_id].import_from is not None
 
     async def _attach(
         self,
@@ -488,10 +497,10 @@ class Pipeline:
             raise NodesMissing(claim.location, lacking, kinds, claim.children_timeout)
         return replace(found, key=claim.key)
 
-    async def detach(self, device_id: str) -> None:
+    async def detach(self, device_id: str) -> bool:
         """Frees the claim's port if, and only if, it still carries the claim's device. Removes its record in any case.
 
-        Raises VhciError.
+        Returns whether the claim had such a port, so that its connection has ended here. Raises VhciError.
         """
         claim = self._book[device_id]
         if (
@@ -499,7 +508,7 @@ class Pipeline:
             and claim.state is not ClaimState.LOST
             and not self._claim_locks.is_mine(claim.location.id)
         ):
-            return
+            return False
         ports = await self._driver.ports()
         # without a port number in the claim, only a cancelled attach can have left a port. Its device may identify
         # itself differently by now: the driver knows its connections and leaves all others alone
@@ -510,6 +519,7 @@ class Pipeline:
         else:  # the port became free, perhaps unnoticed
             await self._driver.forget(claim.location)
         self._book.put(replace(self._book[device_id], port=None))
+        return own is not None
 
     async def current_attachment(self, claim: Claim, ports: Sequence[PortState]) -> Attachment | None:
         """Returns the claim's attachment as it is now, or None if its port no longer carries what was attached.
@@ -533,14 +543,16 @@ class Pipeline:
         with self.span("probe", key), contextlib.closing(await self._bind(key)) as source:
             meta = LockMeta(usb_id=str(descriptor.usb_id), import_from=source.endpoint)
             grant = await self._locks.acquire(key, meta)
+            left = True  # until an answer shows that the connection is alive, so that it ends with the probe
             try:
                 claim = Claim(key, descriptor.usb_id)
                 imported = await self._import(claim, grant, source, self._clock.monotonic() + PROBE_TIMEOUT)
                 identity = await self._client.probe(imported, timeout=PROBE_TIMEOUT)
                 found = Identity(imported.descriptor.devid, identity.serial or "", identity.interfaces)
+                left = False
                 await self._locks.annotate(key, identity=found)
             finally:
-                await self._locks.release(key)
+                await self._locks.release(key, left=left)
         return found
 
     @contextlib.contextmanager

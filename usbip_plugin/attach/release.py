@@ -51,16 +51,13 @@ class Releaser:
                 self._book.move(claim, ClaimEvent.POD_GONE)
                 await self.detach_and_release(device_id)
 
-    async def detach_and_release(
-        self, device_id: str, *, keep: bool = False, failed: bool = False, left: bool = False
-    ) -> None:
+    async def detach_and_release(self, device_id: str, *, keep: bool = False, failed: bool = False) -> None:
         """Detaches the device, then releases its lock (R5), and retries until both are done.
 
         The claim must be Releasing or Lost, and the caller must hold the device's mutex.
 
         keep: whether a Lost claim stays, for the pod that has lost its device.
         failed: whether the claim's Allocate failed because of the device, for the record on the lock.
-        left: whether a connection of an earlier process may still have the device, see LockManager.release().
         """
         claim = self._book[device_id]
         outcome = failed if failed or claim.allocated_as is not None else None
@@ -72,14 +69,15 @@ class Releaser:
         links = links_to(lock.traceparent) if lock is not None and taken else []
         context = remote_parent(claim.traceparent)
         with span(self._tracer, "release", attributes, context=context, links=links) as release:
-            tries = Tries(release)
+            tries, detached = Tries(release), False
             while True:
                 try:
                     with tries.one():
-                        await self._pipeline.detach(device_id)
-                        await self._pipeline.detach_from_location(device_id)
+                        detached = await self._pipeline.detach(device_id) or detached
+                        await self._pipeline.detach_from_location(device_id, detached=detached)
                         self._specs.remove(self._book[device_id])
                         if self._book[device_id].state is ClaimState.RELEASING:
+                            left = self._pipeline.is_left(device_id, detached=detached)
                             await self._locks.release(claim.key, failed=outcome, left=left)
                     break
                 except LockHeld:
@@ -99,12 +97,9 @@ class Releaser:
             log.info("device released", extra={"device": str(claim.key), "pod": str(claim.pod) if claim.pod else None})
         self._on_step("release", self._clock.monotonic() - began)
 
-    async def finish_locked(self, device_id: str, state: ClaimState, *, left: bool = False) -> None:
-        """Detaches and releases a device under its mutex, if its claim is in this state then. A Lost claim stays.
-
-        left: see detach_and_release().
-        """
+    async def finish_locked(self, device_id: str, state: ClaimState) -> None:
+        """Detaches and releases a device under its mutex, if its claim is in this state then. A Lost claim stays."""
         async with self._tasks.mutex(device_id):
             claim = self._book.get(device_id)
             if claim is not None and claim.state is state:
-                await self.detach_and_release(device_id, keep=state is ClaimState.LOST, left=left)
+                await self.detach_and_release(device_id, keep=state is ClaimState.LOST)

@@ -148,8 +148,8 @@ class ScriptedLocks:
         self.identities.append((key, identity))
         return self.locks[key.id]
 
-    async def release(self, key: DeviceKey) -> None:
-        await self._script.reach(f"release {key.busid}")
+    async def release(self, key: DeviceKey, *, left: bool = False) -> None:
+        await self._script.reach(f"{'leave' if left else 'release'} {key.busid}")
         lock = self.locks.get(key.id)
         if lock is not None and lock.holder == ME.node:
             self.lose(key, "")
