@@ -563,13 +563,15 @@ class Watch:
 
 
 def _has_unlisted_pod(node: ClusterNode) -> bool:
-    """Returns whether the node has a pod of a resource without the device.
+    """Returns whether the node has a pod that, to the plugin, may have more devices than the kubelet lists.
 
-    The kubelet ignores a resource that it does not know. To the plugin, the pod looks like one that is not listed yet.
+    The kubelet ignores a resource that it does not know, and does not list devices that only an init container has had.
     """
-    return any(
+    listed = {device_id for entry in node.kubelet.held() for device_id in entry.device_ids}
+    ignored = any(
         (pod, container.name, resource) not in node.kubelet.manager.checkpoint
         for pod, containers in node.kubelet.active.items()
         for container in containers
         for resource in container.limits
     )
+    return ignored or not node.kubelet.in_use() <= listed
