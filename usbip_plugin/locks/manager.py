@@ -508,7 +508,7 @@ def _held(key: DeviceKey, lease: Lease | None, me: NodeIdentity) -> LockError:
     if protocol.is_free(lease) and not protocol.is_left(lease, me):
         return LockReleased(str(key))  # nothing else forbids to take it
     if protocol.is_free(lease):
-        cause = "an earlier boot of a node may have the device, and no list shows it as free"
+        cause = "its last holder may still have the device, and no list shows it as free"
         return LockUnavailable(str(key), cause)
     lock = record.lock_of(lease)
     since = lock.acquired_at.isoformat(timespec="seconds") if lock.acquired_at is not None else None

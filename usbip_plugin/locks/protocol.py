@@ -159,7 +159,8 @@ def decide_acquire(
 
     importable: whether the server, asked after the lock had expired, lists the device as free. An older answer does not
     count: an import under the last write may have succeeded since. Nor does the answer of a server that lists devices
-    in use, except for a lock that is_left(): when that was left, such a server did not list the device.
+    in use, except for a lock that is_left(): when that was left, such a server did not list the device, or its holder
+    had no port with it.
     """
     if lease is None:
         return Create(_taken(Lease(name=key.id, labels=record.LOCK_LABELS), key, meta, write))
@@ -249,7 +250,10 @@ def is_free(lease: Lease | None) -> bool:
 
 
 def is_left(lease: Lease | None, me: NodeIdentity) -> bool:
-    """Returns whether nobody holds the lock, but the machine with another boot may have the device (R3)."""
+    """Returns whether nobody holds the lock, but a machine of another boot may have the device (R3, R5).
+
+    Or the server may still export the device to a dead connection of that machine.
+    """
     return lease is not None and is_free(lease) and lease.annotations.get(record.BOOT_ID) not in (None, me.boot_id)
 
 
