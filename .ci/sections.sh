@@ -103,8 +103,20 @@ tests_that() {
   echo "$total"
 }
 
-# finish: the summary of all sections, and the exit status
+# why NAME: the lines in which a section's tests say why they failed, and its last lines
+why() {
+  printf '\n=== %s: why\n' "$1"
+  grep -aE '^(_{3,} |[>E] |[^ ]+[.]py:[0-9]+: |(FAILED|ERROR) )' "$work/$1.log" | tail -n 60 || true
+  printf '=== %s: its last lines\n' "$1"
+  tail -n 20 "$work/$1.log"
+}
+
+# finish: what failed, for whoever keeps only the end of a log; the summary of all sections; and the exit status
 finish() {
+  local name verdict
+  while read -r name verdict _; do
+    [ "$verdict" = ok ] || why "$name"
+  done <"$work/summary"
   printf '\n=== summary (calibration %s, nominal %s)\n' "${calibration:-none}" "$CALIBRATION_NOMINAL"
   cat "$work/summary"
   printf 'total %s s\n' "$SECONDS"

@@ -230,6 +230,17 @@ def test_the_status_of_a_lab_that_make_cannot_set_up_is_75(tmp_path: Path) -> No
     assert ran.returncode == 75
 
 
+def test_the_end_of_a_log_names_the_tests_that_failed_and_why(tmp_path: Path) -> None:
+    report = tmp_path / "report"
+    reason = ["____ test_two ____", ">       assert held", "E       assert False", "tests/x.py:9: AssertionError"]
+    report.write_text("\n".join([*reason, *["a captured line"] * 50, "FAILED tests/x.py::test_two - assert False"]))
+    ran = sections(f'section tier 9 bash -c "cat {report}; false" || true\nsection other 9 echo fine', tmp_path)
+    end = ran.stdout[ran.stdout.index("=== tier: why") :].splitlines()
+    assert end[1 : end.index("=== tier: its last lines")] == [*reason, "FAILED tests/x.py::test_two - assert False"]
+    assert end.count("a captured line") < 50
+    assert "=== other: why" not in ran.stdout
+
+
 def test_a_run_without_failures_succeeds(tmp_path: Path) -> None:
     ran = sections("section one 9 echo hello\nsection two 9 true", tmp_path)
     assert ran.returncode == 0
