@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from tests.apiserver.node_tokens import NodeTokens, client_with
+from tests.apiserver.objects import LEASES, PODS
 from tests.rigs.api_process import ADMIN_TOKEN, ROOT, Cluster
 from tests.rigs.plugin_rights import cluster_with_rights, collection
 from usbip_plugin.kube.client import KubeClient
@@ -59,6 +60,23 @@ def tokens(cluster: Cluster) -> NodeTokens:
 @pytest.fixture(scope="session")
 def account_token(tokens: NodeTokens) -> str:
     return asyncio.run(tokens.of(ACCOUNT_NODE))
+
+
+@pytest.fixture(autouse=True)
+async def left_by_other_tests(request: pytest.FixtureRequest, connections_end: None) -> None:
+    """Deletes the Nodes, Leases and pods that other tests have made on the API server of a test.
+
+    A Node that reports a resource changes what the commands say. A lock counts again if its server's port is another
+    server's now. The plugin's own pods stay, because tokens are bound to them.
+    """
+    if "cluster" not in request.fixturenames:
+        return
+    body = {"apiVersion": "v1", "kind": "DeleteOptions", "gracePeriodSeconds": 0}
+    others = {"labelSelector": "app.kubernetes.io/name!=usbip-plugin"}
+    async with client_with(request.getfixturevalue("cluster"), ADMIN_TOKEN) as admin:
+        await admin.request("delete", PODS, resource="pods", params=others, body=body)
+        await admin.request("delete", "/api/v1/nodes", resource="nodes", body=body)
+        await admin.request("delete", LEASES, resource="leases", body=body)
 
 
 @pytest.fixture
