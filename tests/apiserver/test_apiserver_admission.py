@@ -550,7 +550,7 @@ def without(rule: str) -> list[dict[str, Any]]:
     return [policy, binding]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def mutants(cluster: Cluster) -> Mutants:
     async def make() -> Mutants:
         made = Mutants(cluster)
