@@ -1,8 +1,9 @@
-"""Options and fixtures of every tier: long forms, runs in parts, what a test needs from the machine, Hypothesis."""
+"""Options and fixtures of every tier: long forms, parts, other orders, what a test needs, Hypothesis."""
 
 from __future__ import annotations
 
 import os
+import random
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ settings.register_profile(
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="the long form of each test that has one")
     parser.addoption("--part", default="1/1", metavar="K/N", help="only the Kth of N parts of the tests")
+    parser.addoption("--shuffle", metavar="SEED", help="in an order drawn with this seed: no test needs another one")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -31,6 +33,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = kept
+    if (seed := config.getoption("--shuffle")) is not None:
+        random.Random(seed).shuffle(items)
 
 
 def part_of(items: list[pytest.Item], part: str) -> tuple[list[pytest.Item], list[pytest.Item]]:

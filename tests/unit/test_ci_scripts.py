@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -120,6 +120,20 @@ def test_the_parts_of_a_run_are_together_all_its_tests_in_order() -> None:
 def test_an_invalid_part_is_refused(part: str) -> None:
     with pytest.raises(pytest.UsageError, match="K/N"):
         load(ROOT / "tests/conftest.py").part_of([], part)
+
+
+def test_a_shuffled_run_has_the_tests_of_its_part_in_an_order_of_its_seed() -> None:
+    def order(part: str, seed: str | None) -> list[int]:
+        options = {"--part": part, "--shuffle": seed}
+        hook, items = SimpleNamespace(pytest_deselected=lambda items: None), list(range(100))
+        conftest.pytest_collection_modifyitems(SimpleNamespace(getoption=options.get, hook=hook), items)
+        return items
+
+    conftest = load(ROOT / "tests/conftest.py")
+    assert order("1/2", None) == list(range(50))
+    assert sorted(order("1/2", "a")) == list(range(50))
+    assert order("1/2", "a") == order("1/2", "a")
+    assert len({tuple(order("1/2", seed)) for seed in (None, "a", "b")}) == 3
 
 
 def test_sixteen_shards_are_together_the_whole_list() -> None:
