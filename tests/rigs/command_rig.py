@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import asyncio.events
 import asyncio.sslproto
 import contextlib
 import gc
@@ -28,16 +29,38 @@ NEEDS_IPV6 = pytest.mark.ipv6
 LOOPBACKS = ("127.0.0.1", pytest.param("::1", marks=NEEDS_IPV6))
 
 
+class CommandLoop(asyncio.SelectorEventLoop):
+    """The event loop of a command. At its end, no TLS connection waits for the farewell of its peer.
+
+    The client closes the connection of a request that was given up like this, and forgets it. The process ends, but
+    here a later test would be told of the connection.
+    """
+
+    def close(self) -> None:
+        if not self.is_closed():
+            for transport in tuple(self._transports.values()):  # type: ignore[attr-defined]
+                if isinstance(transport.get_protocol(), asyncio.sslproto.SSLProtocol):
+                    transport.abort()
+            self.run_until_complete(asyncio.sleep(0))
+        super().close()
+
+
 @contextlib.contextmanager
 def process_restored() -> Iterator[None]:
-    """Restores what a command changes in its process: logging, environment, garbage collection, TLS buffer size."""
+    """Restores what a command changes in its process: logging, environment, garbage collection, TLS buffer size.
+
+    Commands run on a CommandLoop meanwhile.
+    """
     loggers = [logging.getLogger(), *map(logging.getLogger, PACKAGES)]
     levels, handlers = [logger.level for logger in loggers], list(loggers[0].handlers)
     environ = dict(os.environ)
     size = asyncio.sslproto.SSLProtocol.max_size
+    new_event_loop = asyncio.events.new_event_loop
+    asyncio.events.new_event_loop = CommandLoop
     try:
         yield
     finally:
+        asyncio.events.new_event_loop = new_event_loop
         asyncio.sslproto.SSLProtocol.max_size = size
         gc.unfreeze()
         os.environ.clear()
