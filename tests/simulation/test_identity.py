@@ -309,6 +309,26 @@ async def test_after_a_reboot_a_pod_has_its_own_stick_and_not_one_that_was_read_
         assert await c.settle(lambda: node.held_in(ClaimState.ATTACHED) == {device}, POLLED)
 
 
+@stepped
+async def test_after_a_restart_a_pod_waits_for_the_stick_that_its_resource_names_not_for_that_of_another_holder() -> (
+    None
+):
+    async with offered(stick("1-1", "RED"), serials=("RED",)) as (c, lab, [device]):
+        node = await c.taken(device)
+        assert await c.settle(lambda: c.note(device, record.SERIAL) == "RED", POLLED)
+        c.steal(device)
+        assert await c.settle(lambda: not node.attached(), LOCKS.import_window + POLLED)
+        replug(lab, stick("1-1", "BLUE"))
+        c.mislead(device, "BLUE")
+        node.kill()
+        node.start()
+        assert await c.settle(lambda: node.held_in(ClaimState.LOST) == {device}, POLLED)
+        c.let_go(device)
+        assert not await c.settle(lambda: bool(node.held_in(ClaimState.ATTACHED)), 60)
+        replug(lab, stick("1-1", "RED"))
+        assert await c.settle(lambda: node.held_in(ClaimState.ATTACHED) == {device}, POLLED)
+
+
 async def _is_gone(lab: VirtualServer) -> None:
     lab.unplug("1-1")
 

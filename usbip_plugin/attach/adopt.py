@@ -13,7 +13,8 @@ from usbip_plugin.attach.monitor import AttachmentMonitor
 from usbip_plugin.attach.pipeline import own_port
 from usbip_plugin.attach.release import Releaser
 from usbip_plugin.attach.tasks import DeviceTasks
-from usbip_plugin.claims import Claim, ClaimEvent, ClaimState, DeviceUser
+from usbip_plugin.claims import Claim, ClaimEvent, ClaimState, DeviceUser, Resources
+from usbip_plugin.config.selectors import expected_serial
 from usbip_plugin.context import NodeContext
 from usbip_plugin.errors import CdiError, KubeError, LockError, VhciError
 from usbip_plugin.locks.manager import LockManager
@@ -89,6 +90,7 @@ class Adopter:
         driver: VhciDriver,
         locks: LockManager,
         specs: CdiSpecs,
+        resources: Resources,
         tasks: DeviceTasks,
         releaser: Releaser,
         monitor: AttachmentMonitor,
@@ -99,6 +101,7 @@ class Adopter:
         self._driver = driver
         self._locks = locks
         self._specs = specs
+        self._resources = resources
         self._tasks = tasks
         self._releaser = releaser
         self._monitor = monitor
@@ -213,6 +216,10 @@ class Adopter:
             moved_to=location if location != key else None,
             import_from=source or (latest.import_from if mine else None),
         )
+        if attachment is None and not (lock.holder == self._me.node and lock.serial):
+            # the lock may have the serial number of what another node had, or found, at this bus ID
+            resource = self._resources.resource_of(claim)
+            claim = replace(claim, serial=expected_serial(resource, key, claim.serial))
         if not mine:
             self._tasks.book.move(claim, ClaimEvent.DEPRIVED)
             log.error("lock lost", extra={"device": str(key), "holder": lock.holder})

@@ -106,7 +106,14 @@ class Attachments:
             on_flaw=poller.note_flaw,
         )
         self.adopter = Adopter(
-            context, driver=driver, locks=locks, specs=specs, tasks=tasks, releaser=releaser, monitor=self.monitor
+            context,
+            driver=driver,
+            locks=locks,
+            specs=specs,
+            resources=resources,
+            tasks=tasks,
+            releaser=releaser,
+            monitor=self.monitor,
         )
         self.attacher = Attacher(
             context,

@@ -62,9 +62,7 @@ def matches(selector: Selector, descriptor: Descriptor, identity: Identity = UNK
         return Match.NO
     if descriptor.is_hub or not _has(selector, descriptor.usb_id):
         return Match.NO
-    if selector.bus_id is not None and not any(
-        fnmatch.fnmatchcase(descriptor.busid, pattern) for pattern in several(selector.bus_id)
-    ):
+    if not _is_at(selector, descriptor.busid):
         return Match.NO
     known = serial is None or identity.serial is not None
     if selector.class_ is not None and selector.class_ != descriptor.device_class:
@@ -92,6 +90,20 @@ def may_select(resource: ResourceConfig, key: DeviceKey, descriptor: Descriptor,
         entry.target == key.server and matches(entry.selector, descriptor, identity) is not Match.NO
         for entry in resource.devices
     )
+
+
+def expected_serial(resource: ResourceConfig, key: DeviceKey, recorded: str | None) -> str | None:
+    """Returns the serial number of the device that was allocated as key, None if any device there may be it.
+
+    recorded: what a lock says, which may be about another device. It counts if a selector for this bus ID names it or
+    names none. Otherwise the first one that a selector names is returned.
+    """
+    named = [
+        entry.selector.serial
+        for entry in resource.devices
+        if entry.target == key.server and _is_at(entry.selector, key.busid)
+    ]
+    return recorded if not named or None in named or recorded in named else named[0]
 
 
 _CLASS_OF_KIND = {"hidraw": HID_CLASS, "input": HID_CLASS}
@@ -149,6 +161,11 @@ def _ids_may_overlap(one: Selector, other: Selector) -> bool:
 
 def _apart(ones: tuple[int, ...], others: tuple[int, ...]) -> bool:
     return bool(ones) and bool(others) and set(ones).isdisjoint(others)
+
+
+def _is_at(selector: Selector, busid: str) -> bool:
+    patterns = several(selector.bus_id)
+    return not patterns or any(fnmatch.fnmatchcase(busid, pattern) for pattern in patterns)
 
 
 def _has(selector: Selector, usb_id: UsbId) -> bool:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.rigs.vocabulary import HID, STORAGE, descriptor
 from usbip_plugin.config.schema import DeviceSelector, ResourceConfig, Selector
-from usbip_plugin.config.selectors import Match, allowed_interfaces, matches, may_overlap
+from usbip_plugin.config.selectors import Match, allowed_interfaces, expected_serial, matches, may_overlap
 from usbip_plugin.model import Descriptor, DeviceKey, Identity, InterfaceClass, InterfaceRules, ServerKey, UsbId
 
 DEVICE = descriptor("1-1.4", interfaces=STORAGE)
@@ -165,3 +165,32 @@ def test_a_device_that_no_selector_matches_any_more_keeps_the_interfaces_that_it
     server, had = ServerKey("lab"), (InterfaceClass(3, 1, 1),)
     resource = ResourceConfig("a", (DeviceSelector(server, selector),), children=("input",))
     assert allowed_interfaces(resource, DeviceKey(server, "1-1.4"), UNCONFIGURED, Identity(serial="A1"), had) == rules
+
+
+RED, BLUE, ANY = Selector(serial="RED"), Selector(serial="BLUE"), Selector(vendor=0x0951)
+BLUE_ELSEWHERE, ANY_ELSEWHERE = Selector(serial="BLUE", bus_id="2-*"), Selector(bus_id=("2-1", "2-2"))
+
+
+@pytest.mark.parametrize(
+    ("selectors", "recorded", "expected"),
+    [
+        ([RED], "RED", "RED"),
+        ([RED], "GREEN", "RED"),
+        ([RED], None, "RED"),
+        ([BLUE, RED], "RED", "RED"),
+        ([BLUE, RED], "GREEN", "BLUE"),
+        ([RED, ANY], "GREEN", "GREEN"),
+        ([RED, ANY], None, None),
+        ([BLUE_ELSEWHERE, RED], "BLUE", "RED"),
+        ([ANY_ELSEWHERE, RED], "GREEN", "RED"),
+        ([BLUE_ELSEWHERE], "GREEN", "GREEN"),
+        ([], "GREEN", "GREEN"),
+    ],
+)
+def test_a_recorded_serial_number_counts_if_a_selector_for_the_bus_id_may_have_it(
+    selectors: list[Selector], recorded: str | None, expected: str | None
+) -> None:
+    server = ServerKey("lab")
+    entries = [DeviceSelector(ServerKey("other"), Selector()), *(DeviceSelector(server, one) for one in selectors)]
+    resource = ResourceConfig("a", tuple(entries))
+    assert expected_serial(resource, DeviceKey(server, "1-1"), recorded) == expected
