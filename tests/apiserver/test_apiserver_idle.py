@@ -15,11 +15,10 @@ from pathlib import Path
 import pytest
 
 from tests.apiserver.node_tokens import NodeTokens
-from tests.apiserver.objects import LEASES, configuration
+from tests.apiserver.objects import configuration
 from tests.rigs.agents_rig import DONGLE
 from tests.rigs.api_process import Cluster
 from tests.rigs.plugin_in_pod import STRIPPED, InPod, memory_mib, settled, switches
-from usbip_plugin.kube.client import KubeClient
 from usbip_sim.kubelet.kubelet import FakeKubelet
 from usbip_sim.server.server import VirtualServer
 from usbip_sim.server.usbdevice import VirtualDevice
@@ -44,9 +43,7 @@ UNUSED = (
 _POLL_S = 0.1
 
 
-async def test_an_idle_process_sleeps_and_is_small(cluster: Cluster, tokens: NodeTokens, admin: KubeClient) -> None:
-    # watching the 500 locks of other tests would take 2 MiB
-    await admin.request("delete", LEASES, resource="leases")
+async def test_an_idle_process_sleeps_and_is_small(cluster: Cluster, tokens: NodeTokens) -> None:
     strace = shutil.which("strace")
     if strace is None:
         pytest.skip("needs strace")

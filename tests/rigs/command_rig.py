@@ -30,10 +30,10 @@ LOOPBACKS = ("127.0.0.1", pytest.param("::1", marks=NEEDS_IPV6))
 
 
 class CommandLoop(asyncio.SelectorEventLoop):
-    """The event loop of a command. At its end, no TLS connection waits for the farewell of its peer.
+    """The event loop of a command. Before it closes, it aborts the TLS connections that are still open.
 
-    The client closes the connection of a request that was given up like this, and forgets it. The process ends, but
-    here a later test would be told of the connection.
+    After a request that was given up, the API client forgets a connection that waits for its peer to close it. The end
+    of a process would close it; in the tests' process, a later test would be warned of it.
     """
 
     def close(self) -> None:

@@ -35,6 +35,7 @@ from usbip_plugin.locks import record
 from usbip_plugin.model import DeviceKey, InterfaceClass, Reason
 from usbip_sim.server.server import VirtualServer
 from usbip_sim.server.usbdevice import VirtualDevice
+from usbip_sim.virtual.cluster_node import ClusterNode
 from usbip_sim.virtual.steploop import stepped
 
 POLLED = 10.0
@@ -289,15 +290,21 @@ async def test_a_device_that_two_resources_offer_is_logged_once(caplog: pytest.L
     assert line.__dict__["resources"] == ["one", "two"]
 
 
+async def robbed_of_red(c: Cluster, lab: VirtualServer, device: DeviceKey) -> ClusterNode:
+    """Returns the node whose pod had RED. Its lock is taken, and has the serial number of BLUE, which is there now."""
+    node = await c.taken(device)
+    assert await c.settle(lambda: c.note(device, record.SERIAL) == "RED", POLLED)
+    c.steal(device)
+    assert await c.settle(lambda: not node.attached(), LOCKS.import_window + POLLED)
+    replug(lab, stick("1-1", "BLUE"))
+    c.mislead(device, "BLUE")
+    return node
+
+
 @stepped
 async def test_after_a_reboot_a_pod_has_its_own_stick_and_not_one_that_was_read_while_the_lock_was_lost() -> None:
     async with offered(stick("1-1", "RED")) as (c, lab, [device]):
-        node = await c.taken(device)
-        assert await c.settle(lambda: c.note(device, record.SERIAL) == "RED", POLLED)
-        c.steal(device)
-        assert await c.settle(lambda: not node.attached(), LOCKS.import_window + POLLED)
-        replug(lab, stick("1-1", "BLUE"))
-        c.mislead(device, "BLUE")
+        node = await robbed_of_red(c, lab, device)
         c.let_go(device)
         assert await c.settle(lambda: c.holder(device) == node.name, POLLED)
         assert not await c.settle(lambda: bool(node.held_in(ClaimState.ATTACHED)), 60)
@@ -310,16 +317,9 @@ async def test_after_a_reboot_a_pod_has_its_own_stick_and_not_one_that_was_read_
 
 
 @stepped
-async def test_after_a_restart_a_pod_waits_for_the_stick_that_its_resource_names_not_for_that_of_another_holder() -> (
-    None
-):
+async def test_after_a_restart_a_pod_waits_for_the_stick_that_its_resource_names() -> None:
     async with offered(stick("1-1", "RED"), serials=("RED",)) as (c, lab, [device]):
-        node = await c.taken(device)
-        assert await c.settle(lambda: c.note(device, record.SERIAL) == "RED", POLLED)
-        c.steal(device)
-        assert await c.settle(lambda: not node.attached(), LOCKS.import_window + POLLED)
-        replug(lab, stick("1-1", "BLUE"))
-        c.mislead(device, "BLUE")
+        node = await robbed_of_red(c, lab, device)
         node.kill()
         node.start()
         assert await c.settle(lambda: node.held_in(ClaimState.LOST) == {device}, POLLED)
